@@ -1,0 +1,152 @@
+"""What a loaded model is, outside torch: its signature, where its weights lie in one contiguous file, and when a run first needs which of them.
+
+`models` writes a WeightIndex beside each weight file in the host store, the node agent reads sizes and signature from it, a lane worker the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from contracts.errors import InvalidArtifact, InvalidTensor
+
+ALIGNMENT = 256
+"""Every tensor starts at a multiple of this, in bytes."""
+
+DTYPE_BYTES: Mapping[str, int] = {
+    "BOOL": 1,
+    "UINT8": 1,
+    "UINT16": 2,
+    "UINT32": 4,
+    "UINT64": 8,
+    "INT8": 1,
+    "INT16": 2,
+    "INT32": 4,
+    "INT64": 8,
+    "FP16": 2,
+    "FP32": 4,
+    "FP64": 8,
+    "BF16": 2,
+}
+"""Bytes an element takes, by its Open Inference Protocol name."""
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """One input or output. A dimension is a size or a name; a name means the same size wherever it stands in the signature, "batch" being the rows."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class Signature(msgspec.Struct, frozen=True):
+    """What a model takes and gives. `batchable`: rows of several requests may run as one batch (dimension 0 of every tensor is "batch")."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    batchable: bool = True
+
+    def bind(self, shapes: Mapping[str, tuple[str, Sequence[int]]]) -> dict[str, int]:
+        """Sizes of the named dimensions, from input name -> (dtype, shape); InvalidTensor names what does not fit."""
+        sizes: dict[str, int] = {}
+        known = {spec.name: spec for spec in self.inputs}
+        for name in shapes:
+            if name not in known:
+                raise InvalidTensor(f"is no input of this model (inputs: {', '.join(known)})", key="inputs", value=name)
+        for name, spec in known.items():
+            if name not in shapes:
+                raise InvalidTensor("an input is missing", key="inputs", value=name)
+            dtype, shape = shapes[name]
+            if dtype != spec.dtype:
+                raise InvalidTensor(f"datatype must be {spec.dtype}", key=name, value=dtype)
+            if len(shape) != len(spec.shape) or not all(_fits(want, got, sizes) for want, got in zip(spec.shape, shape, strict=True)):
+                raise InvalidTensor(f"shape must fit {list(spec.shape)}", key=name, value=list(shape))
+        return sizes
+
+    def output_shapes(self, sizes: Mapping[str, int]) -> list[tuple[TensorSpec, tuple[int, ...], int]]:
+        """(spec, shape, bytes) of every output, for named dimensions as `bind` returned them."""
+        found = []
+        for spec in self.outputs:
+            shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape)
+            found.append((spec, shape, math.prod(shape) * DTYPE_BYTES[spec.dtype]))
+        return found
+
+
+def _fits(want: int | str, got: int, sizes: dict[str, int]) -> bool:
+    if isinstance(want, int):
+        return want == got
+    return got >= 1 and sizes.setdefault(want, got) == got
+
+
+class TensorEntry(msgspec.Struct, frozen=True):
+    """One weight: `dtype` is torch's name without the prefix ("float32"), `offset` counts from the start of the file, in bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class Gate(msgspec.Struct, frozen=True):
+    """A point in a run, the entry of a submodule ("" is the model itself), where the first `need_bytes` of the weights must have arrived.
+
+    `work_ppm` is how much of the run's time lies before it, in millionths, when it was recorded. Gates are listed in the order in which a run passes
+    them, each submodule once; `need_bytes` never falls.
+    """
+
+    module: str
+    need_bytes: int
+    work_ppm: int
+
+
+class Program(msgspec.Struct, frozen=True):
+    """What runs, without its weights. Functions with equal programs share one module in a lane.
+
+    `kind` "catalog": `source` is the architecture's name and `config` its arguments as JSON; "torch-export" and "torchscript": `source` is the name
+    of the program file in the host store (`<digest>.program`).
+    """
+
+    kind: str
+    source: str
+    config: str = "{}"
+
+
+class WeightIndex(msgspec.Struct, frozen=True):
+    """A model in the host store: `<digest>.weights` holds `total_bytes`, this stands beside it as `<digest>.json`.
+
+    `run_ns` is the time of one warm run of one row when the layout was recorded: the scheduler's first estimate.
+    """
+
+    digest: str
+    total_bytes: int
+    tensors: tuple[TensorEntry, ...]
+    gates: tuple[Gate, ...]
+    program: Program
+    signature: Signature
+    run_ns: int
+    version: int = 1
+
+    @property
+    def program_id(self) -> str:
+        """Equal for models that differ only in their weights."""
+        return f"{self.program.kind}:{self.program.source}:{self.program.config}"
+
+
+def decode_index(data: bytes) -> WeightIndex:
+    """A WeightIndex from its JSON; InvalidArtifact if it is torn, foreign or inconsistent."""
+    try:
+        index = msgspec.json.decode(data, type=WeightIndex)
+    except msgspec.MsgspecError as error:
+        raise InvalidArtifact(f"is no weight index ({error})", key="index", value=data[:80]) from None
+    end = 0
+    for tensor in index.tensors:
+        if tensor.offset % ALIGNMENT or tensor.offset < end or tensor.nbytes < 0:
+            raise InvalidArtifact("lies outside its place", key=f"index.tensors.{tensor.name}", value=tensor.offset)
+        end = tensor.offset + tensor.nbytes
+    needs = [gate.need_bytes for gate in index.gates]
+    if end > index.total_bytes or needs != sorted(needs) or not needs or needs[-1] > index.total_bytes or index.version != 1:
+        raise InvalidArtifact("is inconsistent", key="index", value=index.digest)
+    return index

@@ -1,0 +1,25 @@
+"""Metric names, in one place: predictor and agent export them, the autoscaler and the dashboards read them.
+
+Label `function` is the function's key. Seconds and bytes, as Prometheus asks.
+"""
+
+from __future__ import annotations
+
+REQUEST_SECONDS = "sluice_request_seconds"
+QUEUE_SECONDS = "sluice_queue_seconds"
+SWAP_SECONDS = "sluice_swap_seconds"
+RUN_SECONDS = "sluice_run_seconds"
+BATCH_ROWS = "sluice_batch_rows"
+REQUESTS = "sluice_requests"
+REFUSALS = "sluice_refusals"
+RETRIES = "sluice_retries"
+IN_FLIGHT = "sluice_in_flight_requests"
+
+GPU_SECONDS = "sluice_gpu_seconds"
+SWAPS = "sluice_swaps"
+SWAPPED_BYTES = "sluice_swapped_bytes"
+DEVICE_MEMORY_BYTES = "sluice_device_memory_bytes"
+HOST_MEMORY_BYTES = "sluice_host_memory_bytes"
+LANES = "sluice_lanes"
+SHARE_SM_PERCENT = "sluice_share_sm_percent"
+SHARE_QUOTA_PERCENT = "sluice_share_quota_percent"

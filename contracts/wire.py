@@ -1,0 +1,410 @@
+"""The messages that cross a process boundary on a node, and their frames.
+
+A frame is a 4-byte big-endian length and a MessagePack body: one of the structs below, told apart by its tag. Tensors never travel in a frame; they lie
+in shared memory and a frame refers to them by offset. File descriptors travel beside the frame that announces them (`FDS` says how many).
+
+Who talks to whom:
+    predictor -> agent   Hello (+ its segment), Submit, Cancel            on `agent.sock`
+    agent -> predictor   Welcome, FunctionChanged, FunctionGone, Answer, Failed
+    control   -> agent   Declare, Remove, SetShare, Grant, GetStatus      on `control.sock`, one Reply each, matched by `id`
+    agent -> fork server Spawn (+ the lane's two sockets, the slab, the lane page)
+    agent -> lane        run channel: MapSegment (+ fd), UnmapSegment, Run, Resume;   copy channel: Attach (+ weights), Detach, Copy, CopyGrant
+    lane -> agent        run channel: LaneReady, BatchDone, BatchPaused;              copy channel: Attached, CopyProgress
+Times are CLOCK_MONOTONIC nanoseconds, which all processes of a node share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import msgspec
+
+from contracts.artifact import Signature
+from contracts.errors import ProtocolError, SluiceError
+from contracts.functions import Function, FunctionClass, Share
+
+PROTOCOL_VERSION = 1
+MAX_FRAME_BYTES = 4 << 20
+HEADER_BYTES = 4
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """What a frame holds. `FDS` file descriptors travel with it."""
+
+    FDS: ClassVar[int] = 0
+
+
+class TensorRef(msgspec.Struct, frozen=True, array_like=True):
+    """A C-contiguous tensor in a segment: Open Inference Protocol dtype, shape, and its place in bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class Part(msgspec.Struct, frozen=True, array_like=True):
+    """The rows that one client request adds to a batch; its inputs and, reserved by the predictor, the room for its outputs."""
+
+    rows: int
+    inputs: tuple[TensorRef, ...]
+    outputs: tuple[TensorRef, ...]
+
+
+class FunctionInfo(msgspec.Struct, frozen=True, array_like=True):
+    """What a predictor needs to know of a function. `state` is "loading", "ready" or "failed" (then `reason` says why)."""
+
+    function: Function
+    state: str
+    reason: str = ""
+    signature: Signature | None = None
+
+
+class Hello(Message, frozen=True):
+    """A predictor joins; its segment (a memfd of `segment_bytes`) comes along."""
+
+    FDS: ClassVar[int] = 1
+    protocol: int
+    segment_bytes: int
+
+
+class Welcome(Message, frozen=True):
+    """The functions that this predictor owns."""
+
+    functions: tuple[FunctionInfo, ...]
+
+
+class FunctionChanged(Message, frozen=True):
+    """A function of this predictor appeared or changed (state, share, SLO)."""
+
+    info: FunctionInfo
+
+
+class FunctionGone(Message, frozen=True):
+    """A function of this predictor was removed."""
+
+    function: str
+
+
+class Submit(Message, frozen=True):
+    """Run one batch. `id` is the predictor's own and answered exactly once, by Answer or Failed.
+
+    All parts share every dimension but the first. `slo_deadline_ns` orders the queue; after `deadline_ns` the answer is of no use.
+    """
+
+    id: int
+    function: str
+    parts: tuple[Part, ...]
+    slo_deadline_ns: int
+    deadline_ns: int
+
+
+class Cancel(Message, frozen=True):
+    """Nobody waits for this batch any more. It is still answered once (Failed, unless its answer was already under way)."""
+
+    id: int
+
+
+class Answer(Message, frozen=True):
+    """The batch ran; its outputs lie where the Submit reserved them. `swap_ns` is the time that the run stood still for weights."""
+
+    id: int
+    queue_ns: int
+    swap_ns: int
+    run_ns: int
+    cold: bool
+    device: str
+
+
+class Failed(Message, frozen=True):
+    """The batch gets no answer: (kind, message, retry_after_ms) as `contracts.errors.to_wire` gives them."""
+
+    id: int
+    kind: str
+    message: str
+    retry_after_ms: int = 0
+
+
+class Declare(Message, frozen=True):
+    """Serve this function; the reply comes when it is ready or has failed."""
+
+    id: int
+    function: Function
+
+
+class Remove(Message, frozen=True):
+    """Stop serving this function."""
+
+    id: int
+    function: str
+
+
+class SetShare(Message, frozen=True):
+    """Change a function's share, live."""
+
+    id: int
+    function: str
+    share: Share
+
+
+class Grant(Message, frozen=True):
+    """The process `pid` may use these functions (none listed: all, those to come included)."""
+
+    id: int
+    pid: int
+    functions: tuple[str, ...] = ()
+
+
+class GetStatus(Message, frozen=True):
+    """Ask for a NodeStatus."""
+
+    id: int
+
+
+class LatencyStatus(msgspec.Struct, frozen=True):
+    """Latencies of the last minute at the agent (queue + swap + run), in ms."""
+
+    p50_ms: float = 0.0
+    p95_ms: float = 0.0
+    p99_ms: float = 0.0
+
+
+class FunctionStatus(msgspec.Struct, frozen=True):
+    """A line of `sluice status`. Counters run since the agent started; `rate` is requests per second over the last ten seconds."""
+
+    key: str
+    cls: FunctionClass
+    state: str
+    share: Share
+    slo_ms: float
+    weight_bytes: int
+    resident_on: tuple[str, ...]
+    queued: int
+    rate: float
+    latency: LatencyStatus
+    answered: int
+    failed: int
+    refused: int
+    retried: int
+    slo_met: int
+    swaps: int
+    gpu_ns: int
+    reason: str = ""
+
+
+class LaneStatus(msgspec.Struct, frozen=True):
+    """One lane: its size, class, process, and whether it runs a batch now."""
+
+    lane: int
+    sm_percent: int
+    cls: FunctionClass
+    pid: int
+    state: str
+
+
+class DeviceStatus(msgspec.Struct, frozen=True):
+    """One device: memory in bytes, GPU time handed out in ns, bytes swapped in, and its lanes."""
+
+    device: str
+    capacity_bytes: int
+    used_bytes: int
+    busy_ns: int
+    swapped_bytes: int
+    swaps: int
+    running_sm: int
+    lanes: tuple[LaneStatus, ...]
+
+
+class NodeStatus(msgspec.Struct, frozen=True):
+    """What `sluice status` shows."""
+
+    pid: int
+    uptime_ns: int
+    host_used_bytes: int
+    host_budget_bytes: int
+    devices: tuple[DeviceStatus, ...]
+    functions: tuple[FunctionStatus, ...]
+
+
+class Reply(Message, frozen=True):
+    """The answer to a control message: an error (kind, message), or the status that was asked for, or neither (done)."""
+
+    id: int
+    error: tuple[str, str, int] | None = None
+    status: NodeStatus | None = None
+
+
+class Spawn(Message, frozen=True):
+    """Fork a lane. Descriptors: run channel, copy channel, slab, lane page.
+
+    `link_bytes_per_s` 0 means as fast as it goes; `activation_bytes` bounds what a batch may allocate beside the weights (0: no bound).
+    """
+
+    FDS: ClassVar[int] = 4
+    lane: int
+    device: str
+    sm_percent: int
+    cls: FunctionClass
+    slab_bytes: int
+    threads: int
+    link_bytes_per_s: int
+    activation_bytes: int
+
+
+class LaneReady(Message, frozen=True):
+    """The lane serves; `sm_percent` is the cap it proved."""
+
+    lane: int
+    pid: int
+    sm_percent: int
+
+
+class MapSegment(Message, frozen=True):
+    """Map a predictor's segment."""
+
+    FDS: ClassVar[int] = 1
+    segment: int
+    nbytes: int
+
+
+class UnmapSegment(Message, frozen=True):
+    """The predictor has gone; no later Run refers to its segment."""
+
+    segment: int
+
+
+class Attach(Message, frozen=True):
+    """Make a function's module ready to bind. The descriptor is its weight file, `index` its WeightIndex as JSON, `store` the host store's folder."""
+
+    FDS: ClassVar[int] = 1
+    function: str
+    index: bytes
+    store: str
+
+
+class Attached(Message, frozen=True):
+    """The outcome of an Attach; an empty `error` is success."""
+
+    function: str
+    error: str = ""
+
+
+class Detach(Message, frozen=True):
+    """Forget a function."""
+
+    function: str
+
+
+class Copy(Message, frozen=True):
+    """Begin to copy a function's weights to `offset` of the slab; the first `until_bytes` may go at once."""
+
+    copy: int
+    function: str
+    offset: int
+    until_bytes: int
+
+
+class CopyGrant(Message, frozen=True):
+    """The copy may go on to `until_bytes`."""
+
+    copy: int
+    until_bytes: int
+
+
+class CopyProgress(Message, frozen=True):
+    """The first `copied_bytes` have arrived."""
+
+    copy: int
+    copied_bytes: int
+
+
+class Run(Message, frozen=True):
+    """Run one batch with the weights at `offset` of the slab. `copy` is the copy to wait for, 0 when the weights are resident.
+
+    `preemptible`: look at the lane page at every gate, and pause there when it asks for this batch.
+    """
+
+    batch: int
+    function: str
+    offset: int
+    copy: int
+    segment: int
+    parts: tuple[Part, ...]
+    preemptible: bool
+
+
+class Resume(Message, frozen=True):
+    """A paused batch goes on."""
+
+    batch: int
+
+
+class BatchPaused(Message, frozen=True):
+    """The batch stands at a gate; `gpu_ns` were used since it started or went on."""
+
+    batch: int
+    gpu_ns: int
+
+
+class BatchDone(Message, frozen=True):
+    """The batch ran, or failed (`error`: kind, message). `gpu_ns` were used since it started or went on; `swap_ns` is all the time it stood still for weights."""
+
+    batch: int
+    gpu_ns: int
+    swap_ns: int
+    error: tuple[str, str] | None = None
+
+
+ToAgent = Hello | Submit | Cancel
+ToPredictor = Welcome | FunctionChanged | FunctionGone | Answer | Failed
+Control = Declare | Remove | SetShare | Grant | GetStatus
+ToLaneRun = MapSegment | UnmapSegment | Run | Resume
+ToLaneCopy = Attach | Detach | Copy | CopyGrant
+FromLaneRun = LaneReady | BatchDone | BatchPaused
+FromLaneCopy = Attached | CopyProgress
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    """One frame."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise ProtocolError(f"a {type(message).__name__} of {len(body)} bytes is longer than a frame may be ({MAX_FRAME_BYTES})")
+    return len(body).to_bytes(HEADER_BYTES, "big") + body
+
+
+class FrameDecoder:
+    """Bytes in, messages out. `expected` is the union of messages that this end may receive; anything else is a ProtocolError."""
+
+    def __init__(self, expected: object) -> None:
+        self._decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(expected)  # type: ignore[arg-type]
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes | memoryview) -> Iterator[Message]:
+        """The messages that are complete now."""
+        self._buffer += data
+        start = 0
+        try:
+            while len(self._buffer) - start >= HEADER_BYTES:
+                length = int.from_bytes(self._buffer[start : start + HEADER_BYTES], "big")
+                if length > MAX_FRAME_BYTES:
+                    raise ProtocolError(f"a frame of {length} bytes is longer than {MAX_FRAME_BYTES}")
+                end = start + HEADER_BYTES + length
+                if len(self._buffer) < end:
+                    break
+                body = bytes(self._buffer[start + HEADER_BYTES : end])
+                start = end
+                yield self._decode(body)
+        finally:
+            del self._buffer[:start]
+
+    def _decode(self, body: bytes) -> Message:
+        try:
+            return self._decoder.decode(body)
+        except msgspec.MsgspecError as error:
+            raise ProtocolError(f"a frame holds no message that is expected here ({error})") from None
+        except SluiceError as error:
+            raise ProtocolError(f"a frame holds a bad value: {error.message}") from None
