@@ -1,0 +1,28 @@
+"""The constants of a node that its state is built with: parsed once at the entry, frozen from then on."""
+
+from __future__ import annotations
+
+import msgspec
+
+from contracts.units import MIB, MS
+
+
+class DeviceSpec(msgspec.Struct, frozen=True):
+    """A device: its id ("cpu:0"), slab size, and the expected speed of its host link in bytes/s. Devices that name the same `link` share it."""
+
+    id: str
+    capacity_bytes: int
+    link_bytes_per_s: int = 8_000_000_000
+    link: str = ""
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """How the policies are set; the defaults are the design's."""
+
+    window_ns: int = 100 * MS
+    chunk_bytes: int = 8 * MIB
+    chunks_in_flight: int = 2
+    latency_sensitive_weight: int = 4
+    skip_limit: int = 25
+    max_lanes_per_device: int = 12
+    lane_idle_ns: int = 30_000 * MS
