@@ -34,7 +34,7 @@ DTYPE_BYTES: Mapping[str, int] = {
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
-    """One input or output. A dimension is a size or a name; a name means the same size wherever it stands in the signature, "batch" being the rows."""
+    """One input or output. A dimension is a size or a name; a name means one size throughout the signature, "batch" being the rows."""
 
     name: str
     dtype: str

@@ -202,7 +202,7 @@ class AsyncChannel:
 
 
 def connect(path: str) -> socket.socket:
-    """A connected stream socket; OSError as connect(2) gives it."""
+    """A stream socket, connected to `path`; OSError as the kernel gives it."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         sock.connect(path)

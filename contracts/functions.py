@@ -40,7 +40,7 @@ class ModelFormat(enum.StrEnum):
 
 
 class Share(msgspec.Struct, frozen=True, order=True):
-    """A rectangle of a GPU: `sm_percent` of its SMs for `quota_bp` hundredths of a percent of the time; spare time may be borrowed up to `limit_bp`."""
+    """A rectangle of a GPU: `sm_percent` of its SMs for `quota_bp` hundredths of a percent of the time; spare time is borrowed up to `limit_bp`."""
 
     sm_percent: int = 100
     quota_bp: int = 10
@@ -219,6 +219,6 @@ def _basis_points(value: object, key: str) -> int:
 
 def _choice(kind: type[E], value: object, key: str) -> E:
     try:
-        return kind(value)
+        return kind(str(value))
     except ValueError:
         raise InvalidFunction(f"must be one of {', '.join(kind)}", key=key, value=value) from None

@@ -1,7 +1,7 @@
 """The messages that cross a process boundary on a node, and their frames.
 
-A frame is a 4-byte big-endian length and a MessagePack body: one of the structs below, told apart by its tag. Tensors never travel in a frame; they lie
-in shared memory and a frame refers to them by offset. File descriptors travel beside the frame that announces them (`FDS` says how many).
+A frame is a 4-byte big-endian length and a MessagePack body: one of the structs below, told apart by its tag. Tensors never travel in a frame; they
+lie in shared memory and a frame refers to them by offset. File descriptors travel beside the frame that announces them (`FDS` says how many).
 
 Who talks to whom:
     predictor -> agent   Hello (+ its segment), Submit, Cancel            on `agent.sock`
@@ -349,7 +349,10 @@ class BatchPaused(Message, frozen=True):
 
 
 class BatchDone(Message, frozen=True):
-    """The batch ran, or failed (`error`: kind, message). `gpu_ns` were used since it started or went on; `swap_ns` is all the time it stood still for weights."""
+    """The batch ran, or failed (`error`: kind, message).
+
+    `gpu_ns` were used since it started or went on; `swap_ns` is all the time it stood still for weights.
+    """
 
     batch: int
     gpu_ns: int
@@ -380,7 +383,7 @@ class FrameDecoder:
     """Bytes in, messages out. `expected` is the union of messages that this end may receive; anything else is a ProtocolError."""
 
     def __init__(self, expected: object) -> None:
-        self._decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(expected)  # type: ignore[arg-type]
+        self._decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(expected)
         self._buffer = bytearray()
 
     def feed(self, data: bytes | memoryview) -> Iterator[Message]:

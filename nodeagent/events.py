@@ -66,7 +66,10 @@ class RequestCancelled(Event, frozen=True):
 
 
 class BatchFinished(Event, frozen=True):
-    """A lane answered. `gpu_ns` since it started or was resumed; `swap_ns` of standing still for weights over the whole run; `ok` False: the model failed."""
+    """A lane answered; `ok` False: the model failed.
+
+    `gpu_ns` were used since it started or was resumed; `swap_ns` is all the time it stood still for weights.
+    """
 
     lane: int
     request: int
