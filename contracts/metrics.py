@@ -14,6 +14,7 @@ REQUESTS = "sluice_requests"
 REFUSALS = "sluice_refusals"
 RETRIES = "sluice_retries"
 IN_FLIGHT = "sluice_in_flight_requests"
+SEGMENT_USED_BYTES = "sluice_segment_used_bytes"
 
 GPU_SECONDS = "sluice_gpu_seconds"
 SWAPS = "sluice_swaps"
