@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -135,18 +136,72 @@ class WeightIndex(msgspec.Struct, frozen=True):
         return f"{self.program.kind}:{self.program.source}:{self.program.config}"
 
 
+_TORCH_BYTES: Mapping[str, int] = {
+    "bool": 1,
+    "uint8": 1,
+    "uint16": 2,
+    "uint32": 4,
+    "uint64": 8,
+    "int8": 1,
+    "int16": 2,
+    "int32": 4,
+    "int64": 8,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
+    "complex64": 8,
+    "complex128": 16,
+}
+_FILE_NAME = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.-]{0,127}")
+
+
 def decode_index(data: bytes) -> WeightIndex:
     """A WeightIndex from its JSON; InvalidArtifact if it is torn, foreign or inconsistent."""
     try:
         index = msgspec.json.decode(data, type=WeightIndex)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidArtifact(f"is no weight index ({error})", key="index", value=data[:80]) from None
+    if index.version != 1:
+        raise InvalidArtifact("must be 1: written by another version of Sluice", key="index.version", value=index.version)
+    _check_names(index)
     end = 0
     for tensor in index.tensors:
-        if tensor.offset % ALIGNMENT or tensor.offset < end or tensor.nbytes < 0:
-            raise InvalidArtifact("lies outside its place", key=f"index.tensors.{tensor.name}", value=tensor.offset)
+        if tensor.offset % ALIGNMENT or tensor.offset < end or tensor.nbytes != _nbytes(tensor):
+            raise InvalidArtifact("lies outside its place", key=f"index.tensors.{tensor.name}", value=(tensor.offset, tensor.nbytes))
         end = tensor.offset + tensor.nbytes
-    needs = [gate.need_bytes for gate in index.gates]
-    if end > index.total_bytes or needs != sorted(needs) or not needs or needs[-1] > index.total_bytes or index.version != 1:
+    needs = [0, *(gate.need_bytes for gate in index.gates), index.total_bytes]
+    if end > index.total_bytes or needs != sorted(needs) or not index.gates:
         raise InvalidArtifact("is inconsistent", key="index", value=index.digest)
+    _check_signature(index.signature)
     return index
+
+
+def _check_names(index: WeightIndex) -> None:
+    """What becomes a file name in the host store must not lead out of it."""
+    names = {"digest": index.digest}
+    if index.program.kind != "catalog":
+        names["program.source"] = index.program.source
+    for key, name in names.items():
+        if not _FILE_NAME.fullmatch(name):
+            raise InvalidArtifact("must be a plain file name", key=f"index.{key}", value=name)
+
+
+def _nbytes(tensor: TensorEntry) -> int:
+    """The bytes its dtype and shape ask for; -1 where there is no such tensor."""
+    if tensor.dtype not in _TORCH_BYTES or any(size < 0 for size in tensor.shape):
+        return -1
+    return math.prod(tensor.shape) * _TORCH_BYTES[tensor.dtype]
+
+
+def _check_signature(signature: Signature) -> None:
+    given = {dim for spec in signature.inputs for dim in spec.shape}
+    for spec in signature.inputs + signature.outputs:
+        if spec.dtype not in DTYPE_BYTES or any(isinstance(dim, int) and dim < 0 for dim in spec.shape):
+            raise InvalidArtifact("has a dtype or shape that there is not", key=f"index.signature.{spec.name}", value=(spec.dtype, spec.shape))
+    for spec in signature.outputs:
+        unknown = [dim for dim in spec.shape if isinstance(dim, str) and dim not in given]
+        if unknown:
+            raise InvalidArtifact("its size follows from no input", key=f"index.signature.{spec.name}", value=unknown)

@@ -98,7 +98,8 @@ class Channel:
 class AsyncChannel:
     """The asyncio end: calls `on_message(message, fds)` for each message and `on_close(error)` exactly once.
 
-    A peer that does not read, or that sends nonsense, is closed (with the error); it can hold neither the loop nor memory.
+    A peer that does not read, or that sends nonsense, is closed (with the error); it can hold neither the loop nor memory. What `on_message` raises
+    closes it too: ProtocolError is how it refuses a message out of order.
     """
 
     def __init__(
@@ -178,7 +179,15 @@ class AsyncChannel:
                 for fd in fds:
                     os.close(fd)
             else:
-                self._on_message(message, fds)
+                self._deliver(message, fds)
+
+    def _deliver(self, message: Message, fds: list[int]) -> None:
+        try:
+            self._on_message(message, fds)
+        except Exception as error:
+            if not isinstance(error, ProtocolError):
+                self._loop.call_exception_handler({"message": f"a {type(message).__name__} could not be handled", "exception": error})
+            self.close(error)
 
     def _on_writable(self) -> None:
         while self._unsent:

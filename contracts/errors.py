@@ -19,6 +19,9 @@ The codes at the right are applied in `predictor/server.py` and nowhere else. On
 
 from __future__ import annotations
 
+_MAX_VALUE_CHARS = 200
+_MAX_MESSAGE_CHARS = 4000
+
 
 class SluiceError(Exception):
     """The root. The message says what was wrong, with the value, and what to do."""
@@ -33,7 +36,8 @@ class InvalidValue(SluiceError):
     """A value from outside is wrong."""
 
     def __init__(self, message: str, *, key: str = "", value: object = None, retry_after_ms: int = 0) -> None:
-        super().__init__(f"{key}: {message}, got {value!r}" if key else message, retry_after_ms=retry_after_ms)
+        super().__init__(f"{key}: {message}, got {_short(repr(value), _MAX_VALUE_CHARS)}" if key else message, retry_after_ms=retry_after_ms)
+        self.reason = message
         self.key = key
         self.value = value
 
@@ -98,12 +102,19 @@ _KINDS: dict[str, type[SluiceError]] = {
 
 
 def to_wire(error: BaseException) -> tuple[str, str, int]:
-    """(kind, message, retry_after_ms) of any error; one from outside the tree becomes an ExecutionError that names its type."""
+    """(kind, message, retry_after_ms) of any error; one from outside the tree becomes an ExecutionError that names its type.
+
+    The message is cut so that it always fits a frame, whatever a peer made it quote.
+    """
     if isinstance(error, SluiceError):
-        return type(error).__name__, error.message, error.retry_after_ms
-    return "ExecutionError", f"{type(error).__name__}: {error}", 0
+        return type(error).__name__, _short(error.message, _MAX_MESSAGE_CHARS), error.retry_after_ms
+    return "ExecutionError", _short(f"{type(error).__name__}: {error}", _MAX_MESSAGE_CHARS), 0
 
 
 def from_wire(kind: str, message: str, retry_after_ms: int = 0) -> SluiceError:
     """The error again; an unknown kind (a newer peer) becomes the root."""
     return _KINDS.get(kind, SluiceError)(message, retry_after_ms=retry_after_ms)
+
+
+def _short(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"

@@ -19,6 +19,8 @@ from contracts.units import MS, WHOLE_QUOTA_BP
 PREFIX = "sluice.dev/"
 API_VERSION = "serving.kserve.io/v1beta1"
 DEFAULT_NAMESPACE = "default"
+MAX_NS = 86_400_000 * MS
+"""The longest latency or timeout, so that every deadline fits a message."""
 E = TypeVar("E", bound=enum.StrEnum)
 _DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
@@ -48,11 +50,11 @@ class Share(msgspec.Struct, frozen=True, order=True):
 
     def __post_init__(self) -> None:
         if not 1 <= self.sm_percent <= 100:
-            raise InvalidFunction("must be a whole percent from 1 to 100", key="sm_percent", value=self.sm_percent)
+            raise InvalidFunction("must be a whole percent from 1 to 100", key="sm-percent", value=self.sm_percent)
         if not 1 <= self.quota_bp <= WHOLE_QUOTA_BP:
-            raise InvalidFunction("must be from 0.01 to 100", key="quota_percent", value=self.quota_bp / 100)
+            raise InvalidFunction("must be from 0.01 to 100", key="quota-percent", value=self.quota_bp / 100)
         if not self.quota_bp <= self.limit_bp <= WHOLE_QUOTA_BP:
-            raise InvalidFunction(f"must be from the quota ({self.quota_percent:g}) to 100", key="quota_limit_percent", value=self.limit_bp / 100)
+            raise InvalidFunction(f"must be from the quota ({self.quota_percent:g}) to 100", key="quota-limit-percent", value=self.limit_bp / 100)
 
     @property
     def quota_percent(self) -> float:
@@ -73,9 +75,9 @@ class Share(msgspec.Struct, frozen=True, order=True):
     def of(cls, sm_percent: object, quota_percent: object, limit_percent: object = 100) -> Share:
         """A share from the percent values that people write (numbers or text)."""
         return cls(
-            sm_percent=_whole(sm_percent, "sm_percent"),
-            quota_bp=_basis_points(quota_percent, "quota_percent"),
-            limit_bp=_basis_points(limit_percent, "quota_limit_percent"),
+            sm_percent=_whole(sm_percent, "sm-percent"),
+            quota_bp=_basis_points(quota_percent, "quota-percent"),
+            limit_bp=_basis_points(limit_percent, "quota-limit-percent"),
         )
 
 
@@ -86,8 +88,8 @@ class Slo(msgspec.Struct, frozen=True):
     percentile: float = 98.0
 
     def __post_init__(self) -> None:
-        if self.latency_ns <= 0:
-            raise InvalidFunction("must be greater than 0", key="slo-latency-ms", value=self.latency_ns / MS)
+        if not 0 < self.latency_ns <= MAX_NS:
+            raise InvalidFunction("must be greater than 0, and a day at most", key="slo-latency-ms", value=self.latency_ns / MS)
         if not 0 < self.percentile < 100:
             raise InvalidFunction("must lie between 0 and 100", key="slo-percentile", value=self.percentile)
 
@@ -117,8 +119,8 @@ class Function(msgspec.Struct, frozen=True):
                 raise InvalidFunction("must be a DNS label (a-z, 0-9, '-', at most 63)", key=key, value=value)
         if not 1 <= self.max_batch <= 1024:
             raise InvalidFunction("must be from 1 to 1024", key="max-batch", value=self.max_batch)
-        if self.timeout_ns <= 0:
-            raise InvalidFunction("must be greater than 0", key="timeout-ms", value=self.timeout_ns / MS)
+        if not 0 < self.timeout_ns <= MAX_NS:
+            raise InvalidFunction("must be greater than 0, and a day at most", key="timeout-ms", value=self.timeout_ns / MS)
 
     @property
     def key(self) -> str:
@@ -136,25 +138,34 @@ def from_inference_service(document: object) -> Function:
     if root.get("apiVersion") != API_VERSION or root.get("kind") != "InferenceService":
         raise InvalidFunction(f"must be {API_VERSION} InferenceService", key="apiVersion, kind", value=(root.get("apiVersion"), root.get("kind")))
     metadata = _mapping(root.get("metadata"), "metadata")
-    notes = _annotations(metadata)
     model = _mapping(_mapping(_mapping(root.get("spec"), "spec").get("predictor"), "spec.predictor").get("model"), "spec.predictor.model")
+    notes = _annotations(metadata)
+    try:
+        return _function(metadata, model, notes)
+    except InvalidFunction as error:
+        if error.key in _KNOWN:
+            raise InvalidFunction(error.reason, key=PREFIX + error.key, value=notes.get(error.key, error.value)) from None
+        raise
+
+
+def _function(metadata: Mapping[str, Any], model: Mapping[str, Any], notes: Mapping[str, str]) -> Function:
     defaults = Share()
     return Function(
         name=_text(metadata.get("name"), "metadata.name"),
         namespace=_text(metadata.get("namespace", DEFAULT_NAMESPACE), "metadata.namespace"),
         model=_model(model, notes),
-        cls=_choice(FunctionClass, notes.get("class", FunctionClass.LATENCY_SENSITIVE), PREFIX + "class"),
-        share=Share(
-            sm_percent=_whole(notes.get("sm-percent", defaults.sm_percent), PREFIX + "sm-percent"),
-            quota_bp=_basis_points(notes.get("quota-percent", defaults.quota_percent), PREFIX + "quota-percent"),
-            limit_bp=_basis_points(notes.get("quota-limit-percent", defaults.limit_percent), PREFIX + "quota-limit-percent"),
+        cls=_choice(FunctionClass, notes.get("class", FunctionClass.LATENCY_SENSITIVE), "class"),
+        share=Share.of(
+            notes.get("sm-percent", defaults.sm_percent),
+            notes.get("quota-percent", defaults.quota_percent),
+            notes.get("quota-limit-percent", defaults.limit_percent),
         ),
         slo=Slo(
-            latency_ns=round(_number(notes.get("slo-latency-ms", 1000), PREFIX + "slo-latency-ms") * MS),
-            percentile=_number(notes.get("slo-percentile", 98), PREFIX + "slo-percentile"),
+            latency_ns=round(_number(notes.get("slo-latency-ms", 1000), "slo-latency-ms") * MS),
+            percentile=_number(notes.get("slo-percentile", 98), "slo-percentile"),
         ),
-        max_batch=_whole(notes.get("max-batch", 8), PREFIX + "max-batch"),
-        timeout_ns=round(_number(notes.get("timeout-ms", 30_000), PREFIX + "timeout-ms") * MS),
+        max_batch=_whole(notes.get("max-batch", 8), "max-batch"),
+        timeout_ns=round(_number(notes.get("timeout-ms", 30_000), "timeout-ms") * MS),
     )
 
 
@@ -165,8 +176,9 @@ _KNOWN = frozenset(
 
 def _annotations(metadata: Mapping[str, Any]) -> dict[str, str]:
     found = {}
-    for key, value in _mapping(metadata.get("annotations", {}), "metadata.annotations").items():
-        if key.startswith(PREFIX):
+    annotations = metadata.get("annotations")
+    for key, value in ({} if annotations is None else _mapping(annotations, "metadata.annotations")).items():
+        if isinstance(key, str) and key.startswith(PREFIX):
             if key.removeprefix(PREFIX) not in _KNOWN:
                 raise InvalidFunction(f"is no annotation of Sluice (known: {', '.join(sorted(_KNOWN))})", key=key, value=value)
             found[key.removeprefix(PREFIX)] = _text(value, key)
@@ -177,7 +189,7 @@ def _model(model: Mapping[str, Any], notes: Mapping[str, str]) -> ModelRef:
     key = "spec.predictor.model.modelFormat.name"
     format_ = _choice(ModelFormat, _mapping(model.get("modelFormat"), "spec.predictor.model.modelFormat").get("name"), key)
     if format_ is ModelFormat.CATALOG:
-        return ModelRef(format_, _text(notes.get("catalog"), PREFIX + "catalog"))
+        return ModelRef(format_, _text(notes.get("catalog"), "catalog"))
     return ModelRef(format_, _text(model.get("storageUri"), "spec.predictor.model.storageUri"))
 
 
@@ -196,7 +208,7 @@ def _text(value: object, key: str) -> str:
 def _number(value: object, key: str) -> float:
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = float("nan")
     if isinstance(value, bool) or not abs(number) < float("inf"):
         raise InvalidFunction("must be a number", key=key, value=value)
