@@ -407,7 +407,7 @@ class FrameDecoder:
     def _decode(self, body: bytes) -> Message:
         try:
             return self._decoder.decode(body)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolError(f"a frame holds no message that is expected here ({error})") from None
         except SluiceError as error:
             raise ProtocolError(f"a frame holds a bad value: {error.message}") from None

@@ -224,7 +224,6 @@ def test_any_value_in_any_place_gives_a_function_or_an_error_of_ours(path, value
     at[path[-1]] = value
     try:
         function = from_inference_service(document)
-    except InvalidFunction as error:
-        assert error.key
-    else:
-        assert msgspec.msgpack.decode(msgspec.msgpack.encode(function), type=Function) == function
+    except InvalidFunction:
+        return
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(function), type=Function) == function
