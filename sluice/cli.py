@@ -1,0 +1,233 @@
+"""The command line: parses and checks once, then hands frozen values on. Errors go to standard error in one line, with exit code 1."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import msgspec
+from rich.console import Console
+
+from contracts.errors import NotFound, SluiceError
+from contracts.functions import Share
+from contracts.units import parse_bytes
+from contracts.wire import FunctionStatus, NodeStatus, SetShare
+from sluice import control, doctor, status, up
+from sluice.documents import read_functions
+from sluice.plan import Plan, default_device_memory, default_host_memory, default_run_dir
+from sluice.predictors import free_port
+
+
+def _bytes(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
+    try:
+        size = None if value is None else parse_bytes(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    if size == 0:
+        raise click.BadParameter("must be greater than 0")
+    return size
+
+
+def _devices(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        kind, _, number = value.partition(":")
+        if kind != "cpu" or not (number.isascii() and number.isdecimal()):
+            raise click.BadParameter(f"{value!r} is no device that this version serves on: write cpu:0, cpu:1, ...")
+    if len(set(values)) != len(values):
+        raise click.BadParameter(f"name each device once, got {' '.join(values)}")
+    return values
+
+
+def _errors_in_one_line(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def guarded(*args: object, **kwargs: object) -> None:
+        try:
+            command(*args, **kwargs)
+        except SluiceError as error:
+            click.echo(f"sluice: {error.message}", err=True)
+            sys.exit(1)
+
+    return guarded
+
+
+_run_dir = click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the node's sockets. [default: $XDG_RUNTIME_DIR/sluice or /tmp/sluice-UID]",
+)
+_as_json = click.option("--json", "as_json", is_flag=True, help="Write JSON, for machines.")
+
+
+def _examples(*lines: str) -> str:
+    return "\n  ".join(("\b\nExamples:", *lines))
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_examples(
+        "sluice up examples/functions.yaml                         serve until Ctrl-C",
+        "sluice up examples/functions.yaml --demo 30               load it for 30 s, check every answer",
+        "sluice status --watch                                     what every function gets, live",
+        "sluice share minilm --sm 60 --quota 25                    change a share while it serves",
+        "sluice doctor                                             can this machine serve?",
+    ),
+)
+@click.version_option(package_name="sluice")
+def main() -> None:
+    """Serve many models on few GPUs, each inside its share."""
+
+
+@main.command(
+    "up",
+    epilog=_examples(
+        "sluice up examples/functions.yaml --device-memory 640Mi --demo 30",
+        "sluice up a.yaml b.yaml --device cpu:0 --device cpu:1 --port 0 --json",
+        "sluice up examples/functions.yaml --isolate --idle-seconds 5",
+    ),
+)
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
+@click.option("--device", "devices", callback=_devices, multiple=True, metavar="cpu:N", help="A device to serve on (repeatable). [default: cpu:0]")
+@click.option(
+    "--device-memory", callback=_bytes, metavar="SIZE", help="Memory of each device for weights. [default: a quarter of this machine's, at most 4Gi]"
+)
+@click.option(
+    "--host-memory", callback=_bytes, metavar="SIZE", help="Budget of the weights in host memory. [default: four fifths of what /dev/shm has free]"
+)
+@click.option("--link-bandwidth", callback=_bytes, metavar="SIZE", help="Bytes per second from host to a CPU device. [default: as fast as it goes]")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port to listen on; 0 takes a free one.")
+@click.option("--isolate", is_flag=True, help="A predictor process for each function, none while nobody calls it.")
+@click.option(
+    "--idle-seconds", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="With --isolate: end a predictor that idles so long."
+)
+@click.option("--demo", "demo_s", type=click.FloatRange(min=1), metavar="SECONDS", help="Load every function so long, check every answer, and end.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the demo's arrivals and inputs.")
+@click.option("--threads", type=click.IntRange(1, 256), default=1, show_default=True, help="Compute threads of a CPU lane.")
+@_run_dir
+@_as_json
+@_errors_in_one_line
+def up_command(
+    files: tuple[Path, ...],
+    devices: tuple[str, ...],
+    device_memory: int | None,
+    host_memory: int | None,
+    link_bandwidth: int | None,
+    host: str,
+    port: int,
+    isolate: bool,
+    idle_seconds: float,
+    demo_s: float | None,
+    seed: int,
+    threads: int,
+    run_dir: Path | None,
+    as_json: bool,
+) -> None:
+    """Serve the functions of FILE... on this machine until Ctrl-C.
+
+    A FILE holds InferenceService documents, as for a cluster. Without --demo, a function that cannot be loaded is reported and the others are served.
+    """
+    plan = Plan(
+        functions=tuple(read_functions(files)),
+        run_dir=(run_dir or default_run_dir()).absolute(),
+        devices=devices or ("cpu:0",),
+        device_memory=device_memory or default_device_memory(),
+        host_memory=host_memory or default_host_memory(),
+        link_bytes_per_s=link_bandwidth,
+        threads=threads,
+        host=host,
+        port=port or free_port(host),
+        isolate=isolate,
+        idle_s=idle_seconds,
+    )
+    demo = None if demo_s is None else up.DemoOptions(demo_s, seed)
+    sys.exit(asyncio.run(up.run(plan, demo, as_json=as_json)))
+
+
+@main.command(
+    "status",
+    epilog=_examples(
+        "sluice status",
+        "sluice status --watch",
+        "sluice status --json | jq '.functions[] | {key, rate}'",
+    ),
+)
+@click.option("--watch", is_flag=True, help="Show it live, until Ctrl-C.")
+@_run_dir
+@_as_json
+@_errors_in_one_line
+def status_command(watch: bool, run_dir: Path | None, as_json: bool) -> None:
+    """Show what every function has and gets: share, residence, rate, latency, GPU time, swaps."""
+    folder = (run_dir or default_run_dir()).absolute()
+    if as_json:
+        click.echo(msgspec.json.encode(control.read_status(folder)).decode())
+    elif watch:
+        status.watch(Console(), lambda: control.read_status(folder))
+    else:
+        Console().print(status.render(control.read_status(folder)))
+
+
+@main.command(
+    "share",
+    epilog=_examples(
+        "sluice share minilm --sm 60 --quota 25",
+        "sluice share team-a/resnet50 --quota 5 --limit 50",
+    ),
+)
+@click.argument("function")
+@click.option("--sm", type=int, help="Percent of the SMs, 1 to 100.")
+@click.option("--quota", type=float, help="Percent of the time that is guaranteed, 0.01 to 100.")
+@click.option("--limit", type=float, help="Percent of the time that it may reach by borrowing, from the quota to 100.")
+@_run_dir
+@_as_json
+@_errors_in_one_line
+def share_command(function: str, sm: int | None, quota: float | None, limit: float | None, run_dir: Path | None, as_json: bool) -> None:
+    """Change the share of FUNCTION (a name, or namespace/name) while it serves. What is not given stays."""
+    if sm is None and quota is None and limit is None:
+        raise click.UsageError("give at least one of --sm, --quota, --limit")
+    folder = (run_dir or default_run_dir()).absolute()
+    found = _find(control.read_status(folder), function)
+    before = found.share
+    after = Share.of(
+        before.sm_percent if sm is None else sm,
+        before.quota_percent if quota is None else quota,
+        before.limit_percent if limit is None else limit,
+    )
+    control.call(folder, lambda id_: SetShare(id_, found.key, after))
+    if as_json:
+        click.echo(msgspec.json.encode({"function": found.key, "before": before, "after": after}).decode())
+    else:
+        click.echo(f"{found.key}: {status.share_text(before)} -> {status.share_text(after)}")
+
+
+def _find(node: NodeStatus, function: str) -> FunctionStatus:
+    found = [entry for entry in node.functions if function in (entry.key, entry.key.partition("/")[2])]
+    if not found:
+        known = ", ".join(entry.key for entry in node.functions[:20]) or "none"
+        raise NotFound(f"no function {function!r} on this node (there are: {known})")
+    if len(found) > 1:
+        raise NotFound(f"{function!r} is not unique: write one of {', '.join(entry.key for entry in found)}")
+    return found[0]
+
+
+@main.command(
+    "doctor",
+    epilog=_examples(
+        "sluice doctor",
+        "sluice doctor --json",
+    ),
+)
+@_run_dir
+@_as_json
+@_errors_in_one_line
+def doctor_command(run_dir: Path | None, as_json: bool) -> None:
+    """Check whether this machine can serve, and say what to do where it cannot. Exit code 1 when a check fails."""
+    checks = doctor.examine((run_dir or default_run_dir()).absolute())
+    if as_json:
+        click.echo(msgspec.json.encode(checks).decode())
+    else:
+        Console().print(doctor.render(checks))
+    sys.exit(1 if any(check.outcome == doctor.FAIL for check in checks) else 0)

@@ -1,0 +1,189 @@
+"""The local supervisor: starts the node agent and its predictors, starts again what dies, and stops all of it in order.
+
+Owns the node's processes and its run directory. It makes no scheduling decision, and keeps nothing that an agent needs except what the user asked
+for: the functions, and the shares as they were last seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from contracts.errors import InvalidValue, NotPermitted, Refused, SluiceError, Unavailable
+from contracts.functions import Function
+from sluice.control import Client
+from sluice.fronts import Front, Pauses, SharedFront
+from sluice.plan import Plan
+from sluice.predictors import PredictorOptions, check_port, last_words
+from sluice.processes import Child, describe_exit
+from sluice.router import Router
+from sluice.rundir import RunDir
+
+_AGENT_START_S = 30.0
+_AGENT_GRACE_S = 20.0
+_POLL_S = 0.02
+_SHARES_EVERY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """A function finished loading: `done` of `total`, `error` empty when it serves."""
+
+    key: str
+    done: int
+    total: int
+    error: str = ""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Which functions serve, and why the others do not."""
+
+    serving: list[Function] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+class Supervisor:
+    """One node's processes. `start`, then `stop` (always, also when `start` raised); `kill` ends all at once.
+
+    `say(text)` gets what a person should know, `on_line(process, line)` what the processes print.
+    """
+
+    def __init__(self, plan: Plan, run_dir: RunDir, say: Callable[[str], None], on_line: Callable[[str, str], None]) -> None:
+        self._plan = plan
+        self._run_dir = run_dir
+        self._say = say
+        self._on_line = on_line
+        self._functions = {function.key: function for function in plan.functions}
+        self._agent: Child | None = None
+        self._client: Client | None = None
+        self._front: Front | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def client(self) -> Client:
+        """The connection to the agent that runs now; Unavailable between two agents."""
+        if self._client is None or self._client.closed:
+            raise Unavailable("the node agent is not running")
+        return self._client
+
+    async def start(self, on_loading: Callable[[Loading], None]) -> Outcome:
+        """Starts everything; returns when each function serves or has failed. SluiceError when the node as a whole cannot serve what was asked."""
+        check_port(self._plan.host, self._plan.port)
+        client = await self._start_agent()
+        self._front = self._make_front()
+        await self._front.start(client)
+        outcome = await self._declare_all(client, on_loading)
+        if not outcome.serving:
+            raise SluiceError("no function can be served:\n" + "\n".join(f"  {key}: {reason}" for key, reason in outcome.failed.items()))
+        await self._front.wait_ready([function.name for function in outcome.serving])
+        self._tasks = [asyncio.create_task(self._keep_agent()), asyncio.create_task(self._watch_shares())]
+        return outcome
+
+    async def stop(self) -> None:
+        """Answers what was accepted, ends every process, removes the run directory and the weight store."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        try:
+            if self._front is not None:
+                await self._front.stop()
+        finally:
+            if self._client is not None:
+                self._client.close()
+            if self._agent is not None:
+                await self._agent.stop(_AGENT_GRACE_S)
+            self._run_dir.remove()
+
+    def kill(self) -> None:
+        """Ends every process at once; `stop`, under way or still to come, then has little to wait for."""
+        if self._front is not None:
+            self._front.kill()
+        if self._agent is not None:
+            self._agent.kill()
+
+    def _make_front(self) -> Front:
+        plan = self._plan
+        if plan.isolate:
+            options = PredictorOptions(plan.run_dir, "127.0.0.1", self._on_line)
+            return Router(options, plan.host, plan.port, plan.functions, plan.idle_s, self._say)
+        return SharedFront(PredictorOptions(plan.run_dir, plan.host, self._on_line), plan.port, self._say)
+
+    async def _start_agent(self) -> Client:
+        for name in ("agent.sock", "control.sock"):
+            (self._plan.run_dir / name).unlink(missing_ok=True)
+        agent = self._agent = Child("agent", [sys.executable, "-m", "nodeagent", *self._plan.agent_arguments()], self._on_line)
+        try:
+            async with asyncio.timeout(_AGENT_START_S):
+                while True:
+                    with contextlib.suppress(Unavailable):
+                        self._client = Client(self._plan.run_dir)
+                        return self._client
+                    if agent.returncode is not None:
+                        await agent.bury()
+                        raise Unavailable(f"the node agent {describe_exit(agent.returncode)} as it started: {last_words(agent)}")
+                    await asyncio.sleep(_POLL_S)
+        except TimeoutError:
+            raise Unavailable(f"the node agent did not open its control socket within {_AGENT_START_S:g} s: {last_words(agent)}") from None
+
+    async def _declare_all(self, client: Client, on_loading: Callable[[Loading], None]) -> Outcome:
+        """Declares every function. What the node refuses (shares, host memory) is an error of the whole; what cannot be loaded fails alone."""
+        outcome = Outcome()
+
+        async def declare(function: Function) -> None:
+            error = ""
+            try:
+                await client.declare(function)
+                outcome.serving.append(function)
+            except (Refused, NotPermitted) as refusal:
+                raise SluiceError(f"{function.key} cannot be served on this node: {refusal.message}") from None
+            except (InvalidValue, SluiceError) as failure:
+                if client.closed:
+                    raise
+                error = outcome.failed[function.key] = failure.message
+            on_loading(Loading(function.key, len(outcome.serving) + len(outcome.failed), len(self._functions), error))
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for function in self._functions.values():
+                    group.create_task(declare(function))
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return outcome
+
+    async def _keep_agent(self) -> None:
+        pauses = Pauses()
+        while True:
+            assert self._agent is not None
+            code = await self._agent.wait()
+            await self._agent.bury()
+            pause = pauses.next()
+            self._say(f"the node agent {describe_exit(code)}; a new one starts in {pause:g} s")
+            await asyncio.sleep(pause)
+            try:
+                client = await self._start_agent()
+                pauses.started()
+                assert self._front is not None
+                await self._front.agent_changed(client)
+                outcome = await self._declare_all(client, lambda _: None)
+            except (OSError, SluiceError) as error:
+                self._say(f"the new node agent cannot serve yet: {error}")
+                if self._agent.returncode is None:
+                    await self._agent.stop(_AGENT_GRACE_S)
+                continue
+            self._say(f"the node agent runs again with {len(outcome.serving)} of {len(self._functions)} functions")
+
+    async def _watch_shares(self) -> None:
+        """Remembers shares changed by `sluice share`, so that a new agent gets them too."""
+        while True:
+            await asyncio.sleep(_SHARES_EVERY_S)
+            with contextlib.suppress(SluiceError):
+                for status in (await self.client.status()).functions:
+                    function = self._functions.get(status.key)
+                    if function is not None and function.share != status.share:
+                        self._functions[status.key] = msgspec.structs.replace(function, share=status.share)
