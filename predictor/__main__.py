@@ -1,0 +1,41 @@
+"""`python -m predictor`: the KServe front of one or many functions. Reads the command line; everything else is in `predictor.server`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+from contracts.units import MIB, parse_bytes
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serves until SIGTERM or SIGINT; 0 after a clean drain."""
+    parser = argparse.ArgumentParser(prog="python -m predictor", description="KServe's V1, V2 and gRPC protocols for the functions of a node agent.")
+    parser.add_argument("--agent", required=True, metavar="PATH", help="the node agent's agent.sock")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s)")
+    parser.add_argument("--http-port", type=int, required=True, metavar="N", help="0 takes a free port; the log says which")
+    parser.add_argument("--grpc-port", type=int, metavar="N", help="no gRPC without it")
+    parser.add_argument("--segment-bytes", type=parse_bytes, default=256 * MIB, metavar="BYTES", help="shared memory for tensors (default: 256Mi)")
+    parser.add_argument("--max-body-bytes", type=parse_bytes, default=64 * MIB, metavar="BYTES", help="the largest request body (default: 64Mi)")
+    parser.add_argument("--linger-ms", type=int, default=0, metavar="MS", help="serve this long after readiness turned false at SIGTERM (default: 0)")
+    options = parser.parse_args(argv)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    sys.argv = sys.argv[:1]  # KServe parses the command line again, at import
+    from predictor.server import Settings, serve
+
+    return serve(
+        Settings(
+            agent_path=options.agent,
+            host=options.host,
+            http_port=options.http_port,
+            grpc_port=options.grpc_port,
+            segment_bytes=options.segment_bytes,
+            max_body_bytes=options.max_body_bytes,
+            linger_ms=options.linger_ms,
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""From one request's tensors to its answer: admission, the function's queue, the batch, the outcome.
+
+Owns the functions of this predictor and every request under way. Runs on one event loop without a task of its own: a request is carried by the
+callbacks of the agent's channel and two timers. Knows no HTTP and no JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from contracts.artifact import Signature
+from contracts.errors import DeadlineExceeded, ExecutionError, InvalidTensor, NotFound, Refused, SluiceError, Unavailable
+from contracts.units import MS, S
+from contracts.wire import Answer, FunctionInfo
+from predictor.admission import Estimates
+from predictor.agent_client import AgentClient, Batch
+from predictor.batching import Batcher, Waiting
+from predictor.metrics import FunctionMetrics, Metrics
+from predictor.segment import Array, Placement
+from predictor.tensors import NUMPY
+
+_RETRY_MS = 1000
+_QUEUED_BATCHES = 64
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """How a request was answered. `batch` is unique in this process; the request's rows are `row` to `row + its rows` of the batch's `rows`."""
+
+    queue_ns: int
+    swap_ns: int
+    run_ns: int
+    cold: bool
+    device: str
+    batch: int
+    row: int
+    rows: int
+
+
+class Ticket:
+    """One accepted request. Await `future` for its Outcome, read `outputs`, and hand it to `Dispatcher.finish` whatever happened."""
+
+    __slots__ = ("arrival_ns", "batch", "deadline_ns", "future", "id", "outputs", "placement", "rows", "served", "slo_deadline_ns", "timer")
+
+    def __init__(self, id_: int, served: Served, rows: int, placement: Placement, arrival_ns: int, deadline_ns: int) -> None:
+        self.id = id_
+        self.served = served
+        self.rows = rows
+        self.placement = placement
+        self.arrival_ns = arrival_ns
+        self.slo_deadline_ns = arrival_ns + served.info.function.slo.latency_ns
+        self.deadline_ns = deadline_ns
+        self.future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.timer: asyncio.TimerHandle | None = None
+        self.batch: _Run | None = None
+        self.outputs: dict[str, Array] = {}
+
+
+class _Run(Batch):
+    """A batch that remembers whose requests it holds."""
+
+    __slots__ = ("served", "tickets")
+    served: Served
+    tickets: Sequence[Ticket]
+
+
+class Served:
+    """One function of this predictor and what is known of it."""
+
+    def __init__(self, info: FunctionInfo, metrics: Metrics) -> None:
+        self.info = info
+        self.key = info.function.key
+        self.batcher = Batcher(info.function.max_batch, _QUEUED_BATCHES * info.function.max_batch)
+        self.estimates = Estimates()
+        self.tickets: dict[int, Ticket] = {}
+        self.metrics = FunctionMetrics(metrics, self.key, lambda: len(self.tickets))
+        self.wake: asyncio.TimerHandle | None = None
+        self.wake_ns: int | None = None
+
+    def update(self, info: FunctionInfo) -> None:
+        """The function as it is from now on."""
+        self.info = info
+        alone = info.signature is not None and not info.signature.batchable
+        self.batcher.max_batch = 1 if alone else info.function.max_batch
+        self.batcher.max_rows = _QUEUED_BATCHES * info.function.max_batch
+
+
+class Dispatcher:
+    """All functions of one predictor. It listens to the AgentClient that it owns."""
+
+    def __init__(self, agent_path: str, segment_bytes: int, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._loop = asyncio.get_running_loop()
+        self._ids = itertools.count(1)
+        self._served: dict[str, Served] = {}
+        self._names: dict[str, str] = {}
+        self._open = 0
+        self.client = AgentClient(agent_path, segment_bytes, self)
+        metrics.watch_segment(lambda: self.client.segment.used_bytes)
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Model name in a URL -> function key."""
+        return self._names
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request waits for its answer."""
+        return self._open > 0
+
+    def ready(self, name: str) -> bool:
+        """Whether a request for this model would be run at once."""
+        key = self._names.get(name)
+        return key is not None and self.client.live(key)
+
+    def find(self, name: str) -> Served:
+        """The function behind a model name in a URL, or NotFound."""
+        key = self._names.get(name)
+        if key is None:
+            raise NotFound(f"there is no model {name!r} here")
+        return self._served[key]
+
+    def signature(self, served: Served) -> Signature:
+        """What the function takes, if it takes requests now (a lost agent's functions do, for a while); Unavailable otherwise."""
+        info = served.info
+        if info.signature is not None and (self.client.live(served.key) or self.client.awaited(served.key)):
+            return info.signature
+        if info.state == "failed":
+            raise Unavailable(f"{served.key} cannot be served: {info.reason}", retry_after_ms=_RETRY_MS)
+        why = "is loading" if self.client.connected else "waits for its node agent"
+        raise Unavailable(f"{served.key} {why}", retry_after_ms=_RETRY_MS)
+
+    def submit(self, served: Served, signature: Signature, inputs: Mapping[str, Array], timeout_ns: int | None) -> Ticket:
+        """Accepts a request or says why not: InvalidTensor, Refused. `timeout_ns` can only shorten the function's own."""
+        function = served.info.function
+        dtypes = {spec.name: spec.dtype for spec in signature.inputs}
+        sizes = signature.bind({name: (dtypes.get(name, ""), array.shape) for name, array in inputs.items()})
+        rows = sizes.get("batch", 1) if signature.batchable else 1
+        if rows > function.max_batch:
+            raise InvalidTensor(f"{function.name} takes at most {function.max_batch} rows a request", key="rows", value=rows)
+        now_ns = time.monotonic_ns()
+        deadline_ns = now_ns + min(function.timeout_ns, timeout_ns or function.timeout_ns)
+        self._admit(served, rows, now_ns, deadline_ns)
+        placement = self.client.place([(spec, inputs[spec.name]) for spec in signature.inputs], signature.output_shapes(sizes))
+        if placement is None:
+            raise _refused(served, "the predictor's shared memory is full")
+        ticket = Ticket(next(self._ids), served, rows, placement, now_ns, deadline_ns)
+        dims = tuple(ref.shape[1:] for ref in placement.inputs) if signature.batchable else ticket.id
+        hurry_ns = served.estimates.hurry_ns(now_ns, ticket.slo_deadline_ns, deadline_ns)
+        accepted = served.batcher.add(Waiting(ticket.id, rows, dims, hurry_ns))
+        assert accepted, "admission has looked"
+        served.tickets[ticket.id] = ticket
+        self._open += 1
+        ticket.timer = self._loop.call_later((deadline_ns - now_ns) / S, self._on_deadline, ticket)
+        self._dispatch(served, now_ns)
+        return ticket
+
+    def finish(self, ticket: Ticket) -> None:
+        """The caller has what it wanted, or gave up: free the memory that nobody writes any more, cancel what nobody needs. Once a ticket."""
+        served = ticket.served
+        del served.tickets[ticket.id]
+        self._open -= 1
+        if ticket.timer is not None:
+            ticket.timer.cancel()
+        ticket.outputs.clear()
+        if ticket.batch is None:
+            served.batcher.remove(ticket.id)
+            self.client.release(ticket.placement)
+        elif not any(other.id in served.tickets for other in ticket.batch.tickets):
+            self.client.cancel(ticket.batch)
+
+    def on_function(self, info: FunctionInfo) -> None:
+        """Listener of the AgentClient: a function appeared or changed."""
+        served = self._served.get(info.function.key)
+        if served is None:
+            served = self._served[info.function.key] = Served(info, self._metrics)
+            self._names[self._free_name(info)] = served.key
+        served.update(info)
+        if self.client.live(served.key):
+            self._dispatch(served, time.monotonic_ns())
+        elif not self.client.awaited(served.key):
+            self._empty(served, Unavailable(f"{served.key} cannot be served now ({info.state})", retry_after_ms=_RETRY_MS))
+
+    def on_gone(self, key: str) -> None:
+        """Listener of the AgentClient: a function is gone. What runs is still answered."""
+        served = self._served.pop(key)
+        self._names = {name: other for name, other in self._names.items() if other != key}
+        self._empty(served, NotFound(f"the function {key} was removed"))
+        served.metrics.forget()
+
+    def on_retry(self, function: str) -> None:
+        """Listener of the AgentClient: a batch went to a new agent."""
+        if function in self._served:
+            self._served[function].metrics.retries.inc()
+
+    def _free_name(self, info: FunctionInfo) -> str:
+        """The function's name; where another namespace has taken it, `namespace.name`."""
+        function = info.function
+        return function.name if function.name not in self._names else f"{function.namespace}.{function.name}"
+
+    def _admit(self, served: Served, rows: int, now_ns: int, deadline_ns: int) -> None:
+        batcher, estimates = served.batcher, served.estimates
+        if batcher.rows + rows > batcher.max_rows:
+            raise _refused(served, f"{batcher.rows} rows wait already, {batcher.max_rows} are allowed")
+        late_ms = estimates.retry_after_ms(now_ns, deadline_ns, rows, batcher.rows, batcher.max_batch)
+        if late_ms:
+            raise _refused(served, f"the answer would come about {late_ms} ms after the deadline", late_ms)
+
+    def _dispatch(self, served: Served, now_ns: int) -> None:
+        """Sends what the queue gives up now, and sets the alarm for the rest."""
+        if not self.client.live(served.key):
+            return
+        for ids in served.batcher.take(now_ns):
+            self._launch(served, [served.tickets[id_] for id_ in ids])
+        wake_ns = served.batcher.wake_ns()
+        if wake_ns == served.wake_ns:
+            return
+        if served.wake is not None:
+            served.wake.cancel()
+        served.wake_ns = wake_ns
+        served.wake = None if wake_ns is None else self._loop.call_later(max(wake_ns - now_ns, MS) / S, self._on_wake, served)
+
+    def _launch(self, served: Served, tickets: list[Ticket]) -> None:
+        run = _Run(
+            served.key,
+            [ticket.placement for ticket in tickets],
+            [ticket.rows for ticket in tickets],
+            min(ticket.slo_deadline_ns for ticket in tickets),
+            max(ticket.deadline_ns for ticket in tickets),
+            self._on_done,
+        )
+        run.served, run.tickets = served, tickets
+        for ticket in tickets:
+            ticket.batch = run
+        served.metrics.rows.observe(sum(run.rows))
+        self.client.submit(run)
+
+    def _on_wake(self, served: Served) -> None:
+        served.wake_ns = None
+        self._dispatch(served, time.monotonic_ns())
+
+    def _on_deadline(self, ticket: Ticket) -> None:
+        if not ticket.future.done():
+            ticket.future.set_exception(DeadlineExceeded("the deadline passed before the answer was ready"))
+
+    def _on_done(self, batch: Batch, outcome: Answer | SluiceError) -> None:
+        """The one outcome of a batch, for each of its requests."""
+        assert isinstance(batch, _Run)
+        served, now_ns = batch.served, time.monotonic_ns()
+        served.batcher.returned(sum(batch.rows))
+        waiting = []
+        for ticket in batch.tickets:
+            ticket.batch = None
+            if ticket.id not in served.tickets:
+                self.client.release(ticket.placement)
+            elif not ticket.future.done():
+                waiting.append(ticket)
+        if isinstance(outcome, Answer):
+            served.estimates.observe(batch.submitted_ns, now_ns, outcome.swap_ns + outcome.run_ns)
+            self._answer(batch, outcome)
+        elif isinstance(outcome, ExecutionError) and len(batch.tickets) > 1:
+            for ticket in waiting:
+                served.batcher.launched(ticket.rows)
+                self._launch(served, [ticket])
+        else:
+            for ticket in waiting:
+                _fail(ticket, outcome)
+        self._dispatch(served, now_ns)
+
+    def _answer(self, batch: _Run, answer: Answer) -> None:
+        row, rows = 0, sum(batch.rows)
+        for ticket in batch.tickets:
+            if ticket.id in batch.served.tickets and not ticket.future.done():
+                queue_ns = batch.submitted_ns - ticket.arrival_ns + answer.queue_ns
+                segment = ticket.placement.segment
+                ticket.outputs = {ref.name: segment.view(ref, NUMPY[ref.dtype]) for ref in ticket.placement.outputs}
+                outcome = Outcome(queue_ns, answer.swap_ns, answer.run_ns, answer.cold, answer.device, batch.id, row, rows)
+                ticket.future.set_result(outcome)
+                batch.served.metrics.answered(queue_ns, answer.swap_ns, answer.run_ns)
+            row += ticket.rows
+
+    def _empty(self, served: Served, error: SluiceError) -> None:
+        for id_ in served.batcher.drain():
+            _fail(served.tickets[id_], error)
+
+
+def _fail(ticket: Ticket, error: SluiceError) -> None:
+    if not ticket.future.done():
+        ticket.future.set_exception(type(error)(error.message, retry_after_ms=error.retry_after_ms))
+
+
+def _refused(served: Served, why: str, retry_after_ms: int = 0) -> Refused:
+    served.metrics.refusals.inc()
+    return Refused(f"{served.info.function.name}: {why}", retry_after_ms=retry_after_ms or max(1, served.estimates.service_ns // MS))
