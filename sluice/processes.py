@@ -20,6 +20,7 @@ import psutil
 _PR_SET_PDEATHSIG = 1
 _TAIL_LINES = 40
 _LINE_BYTES = 4096
+_BURIAL_S = 5.0
 # Looked up here: between fork and exec nothing may be imported or loaded.
 _prctl = ctypes.CDLL(None).prctl
 
@@ -103,7 +104,7 @@ class Child:
     async def _bury(self, family: list[psutil.Process]) -> None:
         # Descendants write to the same pipe, so its end is the news that the last of them has gone.
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(_BURIAL_S):
                 await self._silent.wait()
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):

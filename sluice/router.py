@@ -23,7 +23,7 @@ from sluice.predictors import STOP_GRACE_S, Predictor, PredictorOptions, free_po
 
 START_HEADER = "Sluice-Start-Ms"
 INSTANCE_HEADER = "Sluice-Instance"
-_MAX_BODY_BYTES = 512 << 20
+_MAX_BODY_BYTES = 64 << 20
 _MODEL_PATH = re.compile(r"/v1/models/(?P<v1>[^/:]+)(:\w+)?|/v2/(repository/)?models/(?P<v2>[^/]+)(/.*)?")
 # RFC 9110, 7.6.1: they belong to one connection. The body is read and sent whole, so its length and coding are set anew.
 _HOP_BY_HOP = frozenset(
