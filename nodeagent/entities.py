@@ -1,0 +1,200 @@
+"""What a node consists of, as its state sees it: functions, requests, lanes, devices. Plain records; NodeState alone changes them."""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from contracts.functions import FunctionClass
+from nodeagent.copies import Link
+from nodeagent.estimates import NeedEstimate, RunEstimate
+from nodeagent.events import FunctionSpec, RequestArrived
+from nodeagent.memory import DeviceMemory, Extent
+from nodeagent.settings import DeviceSpec
+from nodeagent.tokens import NEVER_NS, Account
+
+LaneKey = tuple[int, FunctionClass]
+
+
+class FunctionState:
+    """A declared function. `extents` says on which devices its weights are or come; `running` counts batches on lanes, paused ones included."""
+
+    __slots__ = (
+        "account",
+        "answered",
+        "estimate",
+        "extents",
+        "need",
+        "number",
+        "on_time",
+        "overtaken",
+        "queue",
+        "ready_key",
+        "removed",
+        "retried",
+        "running",
+        "spec",
+        "swaps",
+        "turn",
+        "wake_ns",
+    )
+
+    def __init__(self, spec: FunctionSpec, number: int, window_ns: int, now_ns: int) -> None:
+        self.spec = spec
+        self.number = number
+        self.turn = 2 * number
+        self.account = Account(spec.cls, spec.share, window_ns, now_ns)
+        self.estimate = RunEstimate(spec.run_ns * 100 // spec.share.sm_percent)
+        self.need = NeedEstimate(now_ns)
+        self.queue: deque[RequestState] = deque()
+        self.extents: dict[str, Extent] = {}
+        self.running = 0
+        self.removed = False
+        self.overtaken = 0
+        self.ready_key: tuple[Any, ...] | None = None
+        self.wake_ns = NEVER_NS
+        self.answered = self.on_time = self.retried = self.swaps = 0
+
+    @property
+    def lane_key(self) -> LaneKey:
+        """Which lanes its next batch may run in."""
+        return self.account.share.sm_percent, self.spec.cls
+
+    @property
+    def idle(self) -> bool:
+        """Nothing queued, nothing running."""
+        return not self.queue and not self.running
+
+
+class RequestState:
+    """An accepted request until it is answered. While it is paused it stands in the ready queue itself."""
+
+    __slots__ = (
+        "arrived_ns",
+        "cancelled",
+        "cold",
+        "deadline_ns",
+        "estimate_ns",
+        "function",
+        "gpu_ns",
+        "lane",
+        "number",
+        "ready_key",
+        "requests",
+        "retried",
+        "rows",
+        "slo_deadline_ns",
+        "started_ns",
+        "turn",
+        "wake_ns",
+    )
+
+    def __init__(self, event: RequestArrived, function: FunctionState, now_ns: int) -> None:
+        self.number = event.request
+        self.turn = 2 * event.request + 1
+        self.function = function
+        self.rows = event.rows
+        self.requests = event.requests
+        self.arrived_ns = now_ns
+        self.started_ns = 0
+        self.slo_deadline_ns = event.slo_deadline_ns
+        self.deadline_ns = event.deadline_ns
+        self.lane: Lane | None = None
+        self.estimate_ns = 0
+        self.gpu_ns = 0
+        self.retried = self.cancelled = self.cold = False
+        self.ready_key: tuple[Any, ...] | None = None
+        self.wake_ns = NEVER_NS
+
+    @property
+    def extent(self) -> Extent:
+        """Its weights, while it is on a lane."""
+        assert self.lane is not None
+        return self.function.extents[self.lane.device.spec.id]
+
+
+class LaneState(enum.Enum):
+    """STARTING -> IDLE -> RUNNING -> (PAUSING -> PAUSED -> RUNNING)* -> IDLE -> STOPPING."""
+
+    STARTING = "starting"
+    IDLE = "idle"
+    RUNNING = "running"
+    PAUSING = "pausing"
+    PAUSED = "paused"
+    STOPPING = "stopping"
+
+
+class Lane:
+    """A lane of a device. `since_ns` is when it took up its present state."""
+
+    __slots__ = ("device", "key", "number", "request", "since_ns", "state")
+
+    def __init__(self, number: int, device: Device, key: LaneKey, now_ns: int) -> None:
+        self.number = number
+        self.device = device
+        self.key = key
+        self.state = LaneState.STARTING
+        self.request: RequestState | None = None
+        self.since_ns = now_ns
+
+    @property
+    def sm_percent(self) -> int:
+        """Its SM cap."""
+        return self.key[0]
+
+    @property
+    def active(self) -> bool:
+        """It holds SMs now."""
+        return self.state in (LaneState.RUNNING, LaneState.PAUSING)
+
+    def remaining_ns(self, now_ns: int) -> int:
+        """How much longer its batch is expected to run."""
+        if self.request is None:
+            return 0
+        left = self.request.estimate_ns - self.request.gpu_ns
+        return max(0, left - (now_ns - self.since_ns)) if self.active else max(0, left)
+
+
+class Device:
+    """A device: its memory, its lanes, its link, and how many percent of its SMs run now."""
+
+    __slots__ = (
+        "busy_ns",
+        "failed_starts",
+        "lanes",
+        "lanes_by_key",
+        "link",
+        "memory",
+        "running_sm",
+        "spec",
+        "start_after_ns",
+        "swapped_bytes",
+        "swaps",
+    )
+
+    def __init__(self, spec: DeviceSpec, link: Link) -> None:
+        self.spec = spec
+        self.memory = DeviceMemory(spec.capacity_bytes)
+        self.link = link
+        self.lanes: dict[int, Lane] = {}
+        self.lanes_by_key: dict[LaneKey, list[Lane]] = {}
+        self.running_sm = 0
+        self.busy_ns = self.swapped_bytes = self.swaps = 0
+        self.failed_starts = 0
+        self.start_after_ns = 0
+
+    def idle_lane(self, key: LaneKey, prefer: int = 0) -> Lane | None:
+        """An idle lane of this size and class, the preferred one if it is idle."""
+        found = None
+        for lane in self.lanes_by_key.get(key, ()):
+            if lane.state is LaneState.IDLE:
+                if lane.number == prefer:
+                    return lane
+                found = found or lane
+        return found
+
+    def preemptible(self) -> Iterator[Lane]:
+        """Lanes whose running batch may be asked to pause."""
+        return (lane for lane in self.lanes.values() if lane.state is LaneState.RUNNING and lane.key[1] is FunctionClass.BEST_EFFORT)

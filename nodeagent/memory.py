@@ -1,0 +1,125 @@
+"""The memory of one device: which function's weights lie where in the slab. Pure; it decides places and victims, it copies nothing.
+
+Eviction only forgets. Weights come back to their former place when that is free, so that what was prepared for an address stays valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+from contracts.artifact import ALIGNMENT
+
+
+class Extent:
+    """Weights on a device, or on their way to it (`copy` is then the copy's id). `pins` count the runs and copies that need them to stay."""
+
+    __slots__ = ("copied_bytes", "copy", "end", "nbytes", "offset", "owner", "pins")
+
+    def __init__(self, owner: int, offset: int, nbytes: int, copy: int) -> None:
+        self.owner = owner
+        self.offset = offset
+        self.nbytes = nbytes
+        self.end = offset + aligned(nbytes)
+        self.copy = copy
+        self.copied_bytes = 0
+        self.pins = 0
+
+    @property
+    def resident(self) -> bool:
+        """All weights have arrived."""
+        return self.copy == 0
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where weights can go, once these owners are evicted."""
+
+    offset: int
+    victims: tuple[int, ...]
+
+
+def aligned(nbytes: int) -> int:
+    """Bytes that an extent takes of the slab."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+class DeviceMemory:
+    """One slab. Owners are numbers (a declaration of a function)."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self.capacity_bytes = capacity_bytes // ALIGNMENT * ALIGNMENT
+        self.extents: dict[int, Extent] = {}
+        self.used_bytes = 0
+        self._ordered: list[Extent] = []
+        self._former: dict[int, int] = {}
+
+    def find(self, owner: int, nbytes: int, cost: Callable[[Extent], float | None]) -> Place | None:
+        """The best place for an owner's weights, or None when pinned extents leave no room.
+
+        A free former place first, then the smallest hole that fits, then the cheapest run of neighbours to evict, `cost` being what evicting one
+        costs (None: it must stay).
+        """
+        need = aligned(nbytes)
+        holes = [(end - start, start) for start, end in self._holes() if end - start >= need]
+        former = self._former.get(owner)
+        if former is not None and any(start <= former and former + need <= start + size for size, start in holes):
+            return Place(former, ())
+        if holes:
+            return Place(min(holes)[1], ())
+        return self._cheapest_run(need, cost)
+
+    def take(self, owner: int, offset: int, nbytes: int, copy: int) -> Extent:
+        """Reserves a place that is free."""
+        extent = Extent(owner, offset, nbytes, copy)
+        at = next((i for i, other in enumerate(self._ordered) if other.offset > offset), len(self._ordered))
+        before = self._ordered[at - 1].end if at else 0
+        after = self._ordered[at].offset if at < len(self._ordered) else self.capacity_bytes
+        assert before <= offset and extent.end <= after, f"[{offset}, {extent.end}) is not free"
+        self._ordered.insert(at, extent)
+        self.extents[owner] = extent
+        self.used_bytes += extent.end - offset
+        return extent
+
+    def drop(self, owner: int) -> None:
+        """Forgets an owner's weights; their place is remembered."""
+        extent = self.extents.pop(owner)
+        assert not extent.pins, f"the weights of {owner} are in use"
+        self._ordered.remove(extent)
+        self._former[owner] = extent.offset
+        self.used_bytes -= extent.end - extent.offset
+
+    def forget(self, owner: int) -> None:
+        """The owner will not come back."""
+        self._former.pop(owner, None)
+
+    def _holes(self) -> Iterator[tuple[int, int]]:
+        at = 0
+        for extent in self._ordered:
+            if extent.offset > at:
+                yield at, extent.offset
+            at = extent.end
+        if at < self.capacity_bytes:
+            yield at, self.capacity_bytes
+
+    def _cheapest_run(self, need: int, cost: Callable[[Extent], float | None]) -> Place | None:
+        """Two pointers over the extents in order of address: each window of evictable neighbours that, with the holes around it, is long enough."""
+        costs = [cost(extent) for extent in self._ordered]
+        best: tuple[float, int, int, int] | None = None
+        first, total = 0, 0.0
+        for last, price in enumerate(costs):
+            if price is None:
+                first, total = last + 1, 0.0
+                continue
+            total += price
+            room_end = self._ordered[last + 1].offset if last + 1 < len(self._ordered) else self.capacity_bytes
+            while first < last and room_end - self._ordered[first].end >= need:
+                total -= costs[first] or 0.0
+                first += 1
+            start = self._ordered[first - 1].end if first else 0
+            if room_end - start >= need and (best is None or total < best[0]):
+                best = (total, start, first, last)
+        if best is None:
+            return None
+        _, start, first, last = best
+        return Place(start, tuple(extent.owner for extent in self._ordered[first : last + 1]))

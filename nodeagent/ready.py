@@ -1,0 +1,70 @@
+"""The order in which waiting work is looked at: functions with queued requests and paused batches, most urgent first. Pure.
+
+Urgency changes with time (an account comes into its guarantee, a deadline can no longer hold), so every item also has a time at which it is looked at
+again. Items are few thousand at most: a sorted list beats a tree.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from typing import Any, Protocol, TypeVar
+
+from nodeagent.tokens import NEVER_NS, Tier
+
+
+class Waiting(Protocol):
+    """What can stand in the queue, which owns the first two fields. `turn` breaks ties; no two items have the same."""
+
+    ready_key: tuple[Any, ...] | None
+    wake_ns: int
+    turn: int
+
+
+T = TypeVar("T", bound=Waiting)
+
+
+class ReadyQueue:
+    """Items in order of urgency; those that are blocked wait outside the order for their time."""
+
+    def __init__(self) -> None:
+        self._ordered: list[tuple[tuple[Any, ...], int, Any]] = []
+        self._wakes: list[tuple[int, int, Any]] = []
+
+    def __len__(self) -> int:
+        return len(self._ordered)
+
+    def head(self, count: int) -> list[Any]:
+        """The most urgent items, in order."""
+        return [entry[2] for entry in self._ordered[:count]]
+
+    def place(self, item: Waiting, tier: Tier, order: tuple[Any, ...], change_ns: int) -> None:
+        """Puts an item where its urgency says, until `change_ns`."""
+        self.discard(item)
+        if tier is not Tier.BLOCKED:
+            item.ready_key = (tier, *order)
+            insort(self._ordered, (item.ready_key, item.turn, item))
+        if change_ns < item.wake_ns:
+            item.wake_ns = change_ns
+            heapq.heappush(self._wakes, (change_ns, item.turn, item))
+
+    def discard(self, item: Waiting) -> None:
+        """Takes an item out of the order."""
+        if item.ready_key is not None:
+            del self._ordered[bisect_left(self._ordered, (item.ready_key, item.turn))]
+            item.ready_key = None
+
+    def due(self, now_ns: int) -> list[Any]:
+        """Items whose time has come; each must be placed again if it still waits."""
+        found = []
+        while self._wakes and self._wakes[0][0] <= now_ns:
+            wake_ns, _, item = heapq.heappop(self._wakes)
+            if item.wake_ns == wake_ns:
+                item.wake_ns = NEVER_NS
+                found.append(item)
+        return found
+
+    @property
+    def next_ns(self) -> int:
+        """When `due` next has something."""
+        return self._wakes[0][0] if self._wakes else NEVER_NS

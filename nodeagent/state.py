@@ -1,0 +1,298 @@
+"""The node as a pure state machine: events in, commands out. The asyncio shell and the simulator are its only two drivers.
+
+It owns what is queued, running and resident, and every account; it never touches a clock, a socket, torch or a process. Every accepted request leaves
+by exactly one Answer or Reject. Who goes first is `tokens`, where is `placement`, what is evicted is `memory`, how links are shared is `copies`;
+`dispatch` puts them to work.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+
+from contracts.functions import Share
+from contracts.units import MS, WHOLE_QUOTA_BP
+from nodeagent import events as ev
+from nodeagent.dispatch import Dispatcher
+from nodeagent.entities import FunctionState, LaneState, RequestState
+from nodeagent.events import Reason
+from nodeagent.settings import DeviceSpec, Settings
+from nodeagent.tokens import NEVER_NS
+
+
+class NodeState:
+    """All that the node agent decides. `handle` is the only way in."""
+
+    def __init__(self, devices: Sequence[DeviceSpec], settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
+        self.functions: dict[str, FunctionState] = {}
+        self.requests: dict[int, RequestState] = {}
+        self.dispatcher = Dispatcher(devices, self.settings)
+        self.devices = self.dispatcher.devices
+        self.lanes = self.dispatcher.lanes
+        self.used_ns = 0
+        self.retired_ns = 0
+        self._deadlines: list[tuple[int, int]] = []
+        self._reap_at_ns = NEVER_NS
+        self._last_function = 0
+        self._handlers: dict[type[ev.Event], Callable[..., None]] = {
+            ev.RequestArrived: self._request_arrived,
+            ev.BatchFinished: self._batch_finished,
+            ev.BatchPaused: self._batch_paused,
+            ev.CopyProgress: self._copy_progress,
+            ev.RequestCancelled: self._request_cancelled,
+            ev.FunctionDeclared: self._function_declared,
+            ev.FunctionRemoved: self._function_removed,
+            ev.ShareChanged: self._share_changed,
+            ev.LaneUp: self._lane_up,
+            ev.LaneLost: self._lane_lost,
+            ev.Tick: self._tick,
+        }
+
+    def handle(self, event: ev.Event, now_ns: int) -> list[ev.Command]:
+        """What to do about an event that happened now. `now_ns` never falls."""
+        self._expire(now_ns)
+        self.dispatcher.requeue_due(now_ns)
+        self._handlers[type(event)](event, now_ns)
+        self.dispatcher.dispatch(now_ns)
+        commands, self.dispatcher.out = self.dispatcher.out, []
+        return commands
+
+    def next_tick_ns(self) -> int | None:
+        """When a Tick is needed if nothing else happens first; None when never."""
+        at = min(self._deadlines[0][0] if self._deadlines else NEVER_NS, self.dispatcher.ready.next_ns, self._reap_at_ns)
+        if len(self.dispatcher.ready):
+            at = min((d.start_after_ns for d in self.devices.values() if d.failed_starts and d.start_after_ns), default=at) if at == NEVER_NS else at
+        return None if at == NEVER_NS else at
+
+    def refusal(self, key: str, share: Share, weight_bytes: int = 0) -> str | None:
+        """Why a function with this share cannot be served, None if it can: guarantees must add up to no more than the devices have."""
+        others = sum(function.account.share.area_ppm for name, function in self.functions.items() if name != key)
+        whole = 100 * WHOLE_QUOTA_BP * len(self.devices)
+        if others + share.area_ppm > whole:
+            return (
+                f"the share {share.sm_percent} % of SMs x {share.quota_percent:g} % of time is {share.area_ppm / 10_000:g} % of a GPU; "
+                f"{others / 10_000:g} % of {whole / 10_000:g} % are guaranteed to other functions"
+            )
+        room = max(device.memory.capacity_bytes for device in self.devices.values())
+        if weight_bytes > room:
+            return f"its weights are {weight_bytes} bytes, the largest device has room for {room}"
+        return None
+
+    def check(self) -> None:
+        """Asserts what must hold after every event."""
+        from nodeagent.invariants import check
+
+        check(self)
+
+    # Functions.
+
+    def _function_declared(self, event: ev.FunctionDeclared, now_ns: int) -> None:
+        if event.spec.key in self.functions:
+            self._function_removed(ev.FunctionRemoved(event.spec.key), now_ns)
+        self._last_function += 1
+        function = FunctionState(event.spec, self._last_function, self.settings.window_ns, now_ns)
+        self.functions[event.spec.key] = self.dispatcher.functions[function.number] = function
+        self._prepare_lanes(function, now_ns)
+
+    def _function_removed(self, event: ev.FunctionRemoved, now_ns: int) -> None:
+        function = self.functions.pop(event.function, None)
+        if function is None:
+            return
+        function.removed = True
+        while function.queue:
+            self._reject(function.queue.popleft(), Reason.REMOVED)
+        self.dispatcher.requeue(function, now_ns)
+        self._retire(function)
+        self._reap_at_ns = now_ns + self.settings.lane_idle_ns
+
+    def _share_changed(self, event: ev.ShareChanged, now_ns: int) -> None:
+        function = self.functions.get(event.function)
+        if function is None:
+            return
+        old = function.account.share
+        function.account.set_share(event.share, now_ns)
+        if old.sm_percent != event.share.sm_percent:
+            function.estimate.rescale(old.sm_percent, event.share.sm_percent)
+            self._prepare_lanes(function, now_ns)
+            self._reap_at_ns = now_ns + self.settings.lane_idle_ns
+        self.dispatcher.requeue(function, now_ns)
+
+    def _prepare_lanes(self, function: FunctionState, now_ns: int) -> None:
+        """A lane of its size should stand ready before the first request needs it."""
+        for device in self.devices.values():
+            if not device.lanes_by_key.get(function.lane_key):
+                self.dispatcher.want_lane(device, function.lane_key, now_ns)
+
+    def _retire(self, function: FunctionState) -> None:
+        """A removed function goes for good once nothing of it runs or copies."""
+        if function.running:
+            return
+        for device in self.devices.values():
+            self.dispatcher.release(function, device)
+        if not function.extents and function.number in self.dispatcher.functions:
+            del self.dispatcher.functions[function.number]
+            self.retired_ns += function.account.charged_ns
+            for device in self.devices.values():
+                device.memory.forget(function.number)
+
+    # Requests.
+
+    def _request_arrived(self, event: ev.RequestArrived, now_ns: int) -> None:
+        function = self.functions.get(event.function)
+        if function is None:
+            self.dispatcher.out.append(ev.Reject(event.request, Reason.NO_FUNCTION))
+            return
+        run_ns = function.estimate.run_ns(event.rows)
+        finish_ns = self._earliest_finish_ns(function, run_ns, now_ns)
+        if len(function.queue) >= function.spec.max_queue:
+            self.dispatcher.out.append(ev.Reject(event.request, Reason.QUEUE_FULL, _retry_ms(finish_ns - now_ns)))
+            return
+        if finish_ns > event.deadline_ns:
+            self.dispatcher.out.append(ev.Reject(event.request, Reason.HOPELESS, _retry_ms(finish_ns - event.deadline_ns)))
+            return
+        if function.idle:
+            function.account.wake(now_ns)
+        function.need.arrived(now_ns)
+        request = RequestState(event, function, now_ns)
+        self.requests[event.request] = request
+        function.queue.append(request)
+        heapq.heappush(self._deadlines, (event.deadline_ns, event.request))
+        if len(function.queue) == 1:
+            self.dispatcher.requeue(function, now_ns)
+
+    def _earliest_finish_ns(self, function: FunctionState, run_ns: int, now_ns: int) -> int:
+        """The soonest that one more batch could end if nobody else had any work: what is queued, spread over all devices, held to the limit."""
+        ahead_ns = sum(function.estimate.run_ns(request.rows) for request in function.queue)
+        parallel = min(len(self.devices) * (100 // function.account.share.sm_percent), max(1, len(function.queue)))
+        queue_ns = ahead_ns * WHOLE_QUOTA_BP // min(parallel * WHOLE_QUOTA_BP, self._limit_bp(function, parallel))
+        return max(now_ns, function.account.limit_due_ns) + queue_ns + run_ns
+
+    def _limit_bp(self, function: FunctionState, parallel: int) -> int:
+        limit_bp = function.account.share.limit_bp
+        return limit_bp if limit_bp < WHOLE_QUOTA_BP else parallel * WHOLE_QUOTA_BP
+
+    def _request_cancelled(self, event: ev.RequestCancelled, now_ns: int) -> None:
+        request = self.requests.get(event.request)
+        if request is None:
+            return
+        if request.lane is not None:
+            request.cancelled = True
+            return
+        request.function.queue.remove(request)
+        self._reject(request, Reason.CANCELLED)
+        self.dispatcher.requeue(request.function, now_ns)
+
+    def _expire(self, now_ns: int) -> None:
+        """Requests whose deadline passes while they wait; those on a lane are answered when it is done with them."""
+        while self._deadlines and self._deadlines[0][0] < now_ns:
+            _, number = heapq.heappop(self._deadlines)
+            request = self.requests.get(number)
+            if request is not None and request.lane is None:
+                request.function.queue.remove(request)
+                self._reject(request, Reason.DEADLINE)
+                self.dispatcher.requeue(request.function, now_ns)
+
+    def _reject(self, request: RequestState, reason: Reason, retry_after_ms: int = 0) -> None:
+        del self.requests[request.number]
+        self.dispatcher.out.append(ev.Reject(request.number, reason, retry_after_ms))
+
+    # Batches.
+
+    def _batch_finished(self, event: ev.BatchFinished, now_ns: int) -> None:
+        lane = self.lanes.get(event.lane)
+        if lane is None or lane.request is None or lane.request.number != event.request:
+            return
+        request, function = lane.request, lane.request.function
+        self._charge(request, event.gpu_ns)
+        if event.ok:
+            function.estimate.observe(request.rows, request.gpu_ns)
+        self.dispatcher.vacate(lane, LaneState.IDLE, now_ns)
+        if request.cancelled:
+            self._reject(request, Reason.CANCELLED)
+        else:
+            function.answered += request.requests
+            function.on_time += request.requests if event.ok and now_ns <= request.slo_deadline_ns else 0
+            del self.requests[request.number]
+            queue_ns = request.started_ns - request.arrived_ns
+            device = lane.device.spec.id
+            self.dispatcher.out.append(ev.Answer(request.number, queue_ns, event.swap_ns, request.gpu_ns, request.cold, device))
+        self._settle(function, now_ns)
+
+    def _batch_paused(self, event: ev.BatchPaused, now_ns: int) -> None:
+        lane = self.lanes.get(event.lane)
+        if lane is None or lane.request is None or lane.request.number != event.request:
+            return
+        self._charge(lane.request, event.gpu_ns)
+        self.dispatcher.vacate(lane, LaneState.PAUSED, now_ns)
+        self.dispatcher.requeue_paused(lane.request, now_ns)
+
+    def _charge(self, request: RequestState, gpu_ns: int) -> None:
+        request.gpu_ns += gpu_ns
+        request.function.account.charge(gpu_ns)
+        assert request.lane is not None
+        request.lane.device.busy_ns += gpu_ns
+        self.used_ns += gpu_ns
+
+    def _settle(self, function: FunctionState, now_ns: int) -> None:
+        """Its account or its running work has changed."""
+        if function.removed:
+            self._retire(function)
+        else:
+            self.dispatcher.requeue(function, now_ns)
+
+    def _copy_progress(self, event: ev.CopyProgress, now_ns: int) -> None:
+        function = self.dispatcher.copied(event, now_ns)
+        if function is not None:
+            self._settle(function, now_ns)
+
+    # Lanes and time.
+
+    def _lane_up(self, event: ev.LaneUp, now_ns: int) -> None:
+        lane = self.lanes.get(event.lane)
+        if lane is not None and lane.state is LaneState.STARTING:
+            lane.device.failed_starts = 0
+            self.dispatcher.vacate(lane, LaneState.IDLE, now_ns)
+
+    def _lane_lost(self, event: ev.LaneLost, now_ns: int) -> None:
+        lane = self.lanes.get(event.lane)
+        if lane is None:
+            return
+        request = lane.request
+        self.dispatcher.drop_lane(lane, now_ns)
+        if request is not None:
+            self._try_again(request, now_ns)
+        for function in [function for function in self.dispatcher.functions.values() if function.removed]:
+            self._retire(function)
+        self._reap_at_ns = min(self._reap_at_ns, now_ns + self.settings.lane_idle_ns)
+
+    def _try_again(self, request: RequestState, now_ns: int) -> None:
+        """A lost lane's batch is tried once more, first in its function's queue, if its deadline allows."""
+        function = request.function
+        request.lane = None
+        if request.cancelled:
+            self._reject(request, Reason.CANCELLED)
+        elif function.removed:
+            self._reject(request, Reason.REMOVED)
+        elif request.retried or now_ns + function.estimate.run_ns(request.rows) > request.deadline_ns:
+            self._reject(request, Reason.LANE_LOST)
+        else:
+            request.retried = True
+            request.gpu_ns = 0
+            function.retried += 1
+            function.queue.appendleft(request)
+            heapq.heappush(self._deadlines, (request.deadline_ns, request.number))
+        self._settle(function, now_ns)
+
+    def _tick(self, event: ev.Tick, now_ns: int) -> None:
+        """Stops lanes of a size that no function has any more."""
+        if now_ns < self._reap_at_ns:
+            return
+        self._reap_at_ns = NEVER_NS
+        wanted = {function.lane_key for function in self.functions.values()}
+        for lane in [lane for lane in self.lanes.values() if lane.state is LaneState.IDLE and lane.key not in wanted]:
+            self.dispatcher.stop_lane(lane, now_ns)
+
+
+def _retry_ms(wait_ns: int) -> int:
+    return max(1, wait_ns // MS)

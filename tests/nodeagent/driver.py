@@ -1,0 +1,149 @@
+"""Drives a NodeState as the shell does, but lets the test decide what happens next. It checks what the state may not get wrong towards its driver."""
+
+from __future__ import annotations
+
+from contracts.functions import FunctionClass, Share, Slo
+from contracts.units import MS, S
+from nodeagent import events as ev
+from nodeagent.settings import DeviceSpec, Settings
+from nodeagent.state import NodeState
+
+
+class Driver:
+    """Keeps what the lanes would know: which are up, what they run, which copies they make and how far they may go."""
+
+    def __init__(self, devices: int = 1, capacity: int = 100 << 20, settings: Settings | None = None) -> None:
+        self.state = NodeState([DeviceSpec(f"cpu:{n}", capacity) for n in range(devices)], settings)
+        self.now_ns = S
+        self.starting: dict[int, ev.StartLane] = {}
+        self.up: dict[int, ev.StartLane] = {}
+        self.running: dict[int, ev.Run] = {}
+        self.paused: dict[int, ev.Run] = {}
+        self.preempted: set[int] = set()
+        self.copies: dict[int, tuple[int, int]] = {}
+        self.copied: dict[int, int] = {}
+        self.outcomes: dict[int, ev.Answer | ev.Reject] = {}
+        self.accepted: set[int] = set()
+        self.history: list[ev.Command] = []
+
+    def send(self, event: ev.Event) -> list[ev.Command]:
+        """Hands over an event at the present time, carries out the commands, checks the invariants."""
+        commands = self.state.handle(event, self.now_ns)
+        for command in commands:
+            self._carry_out(command)
+        self.history += commands
+        self.state.check()
+        return commands
+
+    def _carry_out(self, command: ev.Command) -> None:
+        match command:
+            case ev.StartLane():
+                self.starting[command.lane] = command
+            case ev.StopLane():
+                assert command.lane not in self.running and command.lane not in self.paused, "an idle lane only may be stopped"
+                del self.up[command.lane]
+                self.starting[command.lane] = ev.StartLane(command.lane, "", 1, FunctionClass.BEST_EFFORT)
+            case ev.Run():
+                assert command.lane in self.up and command.lane not in self.running and command.lane not in self.paused, "one batch at a time"
+                assert not command.copy or self.copies[command.copy][0] == command.lane, "a lane waits only for a copy of its own"
+                self.running[command.lane] = command
+            case ev.Preempt():
+                assert self.running[command.lane].preemptible
+                self.preempted.add(command.lane)
+            case ev.Resume():
+                self.running[command.lane] = self.paused.pop(command.lane)
+            case ev.Copy():
+                self.copies[command.copy] = (command.lane, command.until_bytes)
+                self.copied[command.copy] = 0
+            case ev.CopyGrant():
+                assert command.until_bytes > self.copies[command.copy][1], "a grant goes forward"
+                self.copies[command.copy] = (command.lane, command.until_bytes)
+            case ev.Answer() | ev.Reject():
+                assert command.request in self.accepted and command.request not in self.outcomes, f"{command} answers twice"
+                self.outcomes[command.request] = command
+            case ev.Evict():
+                pass
+            case _:
+                raise AssertionError(command)
+
+    def declare(self, name: str, **options: object) -> ev.FunctionSpec:
+        """A function with small defaults; `share` is (sm, quota percent[, limit percent])."""
+        share = options.pop("share", (100, 10))
+        assert isinstance(share, tuple)
+        spec = ev.FunctionSpec(
+            key=name,
+            cls=FunctionClass(str(options.pop("cls", FunctionClass.LATENCY_SENSITIVE))),
+            share=Share.of(*share),
+            slo=Slo(latency_ns=100 * MS),
+            weight_bytes=int(str(options.pop("weight_bytes", 10 << 20))),
+            run_ns=int(str(options.pop("run_ns", 5 * MS))),
+            max_queue=int(str(options.pop("max_queue", 256))),
+        )
+        assert not options
+        self.send(ev.FunctionDeclared(spec))
+        return spec
+
+    def arrive(self, request: int, function: str, slo_ns: int = 100 * MS, timeout_ns: int = 60 * S, rows: int = 1) -> list[ev.Command]:
+        """A request; it counts as accepted."""
+        self.accepted.add(request)
+        return self.send(ev.RequestArrived(request, function, rows, rows, self.now_ns + slo_ns, self.now_ns + timeout_ns))
+
+    def lanes_up(self) -> None:
+        """All lanes that were asked for come up; those that were told to stop are gone."""
+        while self.starting:
+            lane, command = self.starting.popitem()
+            if command.device:
+                self.up[lane] = command
+                self.send(ev.LaneUp(lane))
+            else:
+                self.send(ev.LaneLost(lane))
+
+    def copy_on(self, copy: int, nbytes: int | None = None) -> None:
+        """A copy moves as far as it may."""
+        lane, until = self.copies[copy]
+        assert lane in self.up
+        self.copied[copy] = min(until, self.copied[copy] + nbytes) if nbytes else until
+        self.send(ev.CopyProgress(copy, self.copied[copy]))
+
+    def copy_all(self) -> None:
+        """All copies come to their end."""
+        while pending := [copy for copy, (lane, until) in self.copies.items() if lane in self.up and self.copied[copy] < until]:
+            for copy in pending:
+                self.copy_on(copy)
+
+    def finish(self, lane: int, gpu_ns: int = 5 * MS, *, ok: bool = True) -> list[ev.Command]:
+        """A lane's batch ends."""
+        run = self.running.pop(lane)
+        self.preempted.discard(lane)
+        return self.send(ev.BatchFinished(lane, run.request, gpu_ns, 0, ok))
+
+    def pause(self, lane: int, gpu_ns: int = MS) -> list[ev.Command]:
+        """A preempted batch reaches its next gate."""
+        run = self.paused[lane] = self.running.pop(lane)
+        self.preempted.discard(lane)
+        return self.send(ev.BatchPaused(lane, run.request, gpu_ns))
+
+    def lose(self, lane: int) -> list[ev.Command]:
+        """A lane dies."""
+        for where in (self.up, self.starting, self.running, self.paused):
+            where.pop(lane, None)  # type: ignore[attr-defined]
+        self.preempted.discard(lane)
+        for copy in [copy for copy, (owner, _) in self.copies.items() if owner == lane]:
+            del self.copies[copy], self.copied[copy]
+        return self.send(ev.LaneLost(lane))
+
+    def drain(self, step_ns: int = 5 * MS, steps: int = 20_000) -> None:
+        """Lets everything that was accepted come to its end."""
+        for _ in range(steps):
+            if self.accepted == set(self.outcomes):
+                return
+            self.lanes_up()
+            self.copy_all()
+            for lane in list(self.preempted):
+                self.pause(lane)
+            for lane in list(self.running):
+                self.finish(lane)
+            tick = self.state.next_tick_ns()
+            self.now_ns = max(self.now_ns + step_ns, min(tick or 0, self.now_ns + S))
+            self.send(ev.Tick())
+        raise AssertionError(f"never answered: {sorted(self.accepted - set(self.outcomes))[:10]}")
