@@ -12,6 +12,8 @@ import contextlib
 import logging
 import signal
 import socket
+import time
+import warnings
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any
 
@@ -35,7 +37,7 @@ from kserve.protocol.rest.server import RESTServer
 
 from contracts.artifact import Signature, TensorSpec
 from contracts.errors import DeadlineExceeded, InvalidValue, NotFound, NotPermitted, Refused, SluiceError, Unavailable
-from contracts.units import MS, ms
+from contracts.units import MS, S, ms
 from predictor import tensors
 from predictor.dispatch import Dispatcher, Outcome, Ticket
 from predictor.metrics import Metrics
@@ -193,7 +195,11 @@ class Front:
         except SluiceError as error:
             served.metrics.count(type(error).__name__)
             raise
+        except _ClientGone:
+            served.metrics.count("cancelled")
+            raise
         served.metrics.count("ok")
+        served.metrics.total.observe((time.monotonic_ns() - ticket.arrival_ns) / S)
         return answer
 
 
@@ -394,7 +400,8 @@ class _Server(uvicorn.Server):
 
 def serve(settings: Settings) -> int:
     """Serves until SIGTERM or SIGINT; 0 after a clean drain."""
-    logging.getLogger("kserve").setLevel(logging.WARNING)
+    logging.getLogger("kserve").setLevel(logging.CRITICAL)  # it logs a traceback for every 404
+    warnings.filterwarnings("ignore", module="fastapi.routing")  # about KServe's own use of FastAPI
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_run(settings))
 
