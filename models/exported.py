@@ -1,0 +1,336 @@
+"""Serves torch.export programs (.pt2) by running their graph directly: no generated code, no eval, no pickle.
+
+torch.export.load (2.13) evaluates shape expressions as Python, resolves call targets by attribute anywhere under `torch`, generates source from names in
+the file, executes its guards, and unpickles sample inputs and custom objects: it must not see a file from outside. This module reads the same
+archive as data, calls nothing but operators of the aten namespace, and cuts the graph into segments by first use of weights.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from contracts.errors import InvalidArtifact, InvalidTensor
+from models import schema
+from models.archive import Archive, reading
+
+_ATEN = re.compile(r"torch\.ops\.aten\.(\w+)\.(\w+)")
+_REFUSED = frozenset(("from_file", "_print", "set_", "set", "resize_", "_cudnn_init_dropout_state"))
+_ARITHMETIC = {
+    f"_operator.{name}": getattr(operator, name) for name in "add sub mul floordiv truediv mod neg eq ne lt le gt ge and_ or_ not_".split()
+}
+_ARITHMETIC |= {f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc")}
+_ARITHMETIC |= {f"torch.{name}": getattr(torch, name) for name in ("sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite")}
+_DTYPES = {
+    1: torch.uint8,
+    2: torch.int8,
+    3: torch.int16,
+    4: torch.int32,
+    5: torch.int64,
+    6: torch.float16,
+    7: torch.float32,
+    8: torch.float64,
+    9: torch.complex32,
+    10: torch.complex64,
+    11: torch.complex128,
+    12: torch.bool,
+    13: torch.bfloat16,
+    28: torch.uint16,
+    34: torch.uint32,
+    35: torch.uint64,
+}
+_MEMORY_FORMATS = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.channels_last_3d, 4: torch.preserve_format}
+_PLAIN = ("as_int", "as_ints", "as_float", "as_floats", "as_bool", "as_bools", "as_string", "as_strings")
+
+
+class _Value(NamedTuple):
+    """A place in the environment, in an argument list."""
+
+    name: str
+
+
+class _Device(NamedTuple):
+    """The device that the program runs on, whatever it was exported on."""
+
+
+class Step(NamedTuple):
+    """One call, ready to run. `outputs`: names for the result, one name for it whole or one for each part; `release`: values not needed after it."""
+
+    call: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[str | None, ...]
+    parts: bool
+    release: tuple[str, ...]
+
+
+class Segment(nn.Module):
+    """Consecutive calls, the first of which is the first to use some weight."""
+
+    def __init__(self, steps: list[Step]) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def forward(self, values: dict[str, Any], device: torch.device) -> None:
+        for step in self.steps:
+            result = step.call(*_resolve(step.args, values, device), **_resolve_named(step.kwargs, values, device))
+            if step.parts:
+                values.update((name, part) for name, part in zip(step.outputs, result, strict=True) if name)
+            elif step.outputs and step.outputs[0]:
+                values[step.outputs[0]] = result
+            for name in step.release:
+                del values[name]
+
+
+class ExportedModule(nn.Module):
+    """An exported program as a module: input tensors in the signature's order -> output tensors. `weights` maps names to tensors."""
+
+    def __init__(self, program: schema.Stripped) -> None:
+        super().__init__()
+        self.program = program
+        self.weights: dict[str, Tensor] = {place.weight: torch.empty(0) for place in program.places}
+        self.segments = nn.ModuleList(map(Segment, _segments(program)))
+        self._dims = [
+            (position, axis, str(dim), program.ranges[dim])
+            for position, spec in enumerate(program.signature.inputs)
+            for axis, dim in enumerate(spec.shape)
+            if dim in program.ranges
+        ]
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        for position, axis, dim, limits in self._dims:
+            size = inputs[position].shape[axis]
+            if size < (limits.min_val or 0) or (limits.max_val is not None and size > limits.max_val):
+                raise InvalidTensor(f"lies outside what the program was exported for ({limits.min_val} to {limits.max_val})", key=dim, value=size)
+        values: dict[str, Any] = {place.graph_name: self.weights[place.weight] for place in self.program.places}
+        values |= self.program.constants
+        values |= zip(self.program.inputs, inputs, strict=True)
+        device = inputs[0].device
+        for segment in self.segments:
+            segment(values, device)
+        return tuple(values[name] for name in self.program.outputs)
+
+
+def read(path: Path) -> tuple[schema.Stripped, dict[str, Tensor]]:
+    """The program of a .pt2 file and its weights; InvalidArtifact names the file when it is broken, foreign, or needs more than data."""
+    archive = Archive(path)
+    try:
+        with reading(path):
+            models = [name for name in archive.names() if re.fullmatch(r"models/\w+\.json", name)]
+            if len(models) != 1 or archive.read("archive_format") != b"pt2":
+                raise InvalidArtifact("is no archive of one exported program", key="model", value=str(path))
+            name = models[0].removeprefix("models/").removesuffix(".json")
+            program = msgspec.json.decode(archive.read(models[0]), type=schema.ExportedProgram)
+            schema.check(program)
+            payloads = {}
+            for folder, kind in (("data/weights/", "weights"), ("data/constants/", "constants")):
+                config = msgspec.json.decode(archive.read(f"{folder}{name}_{kind}_config.json"), type=schema.PayloadConfig)
+                payloads |= {weight: (folder, payload) for weight, payload in config.config.items()}
+            tensors, first = _weights(archive, payloads)
+            stripped = _strip(program, first)
+            ExportedModule(stripped)
+            used = {place.weight for place in stripped.places}
+            return stripped, {weight: tensor for weight, tensor in tensors.items() if weight in used}
+    finally:
+        archive.close()
+
+
+def decode(data: bytes) -> ExportedModule:
+    """A module from the program file that `encode` wrote; its weights are empty until they are bound."""
+    return ExportedModule(msgspec.json.decode(data, type=schema.Stripped))
+
+
+def encode(program: schema.Stripped) -> bytes:
+    """A program file."""
+    return msgspec.json.encode(program)
+
+
+def _weights(archive: Archive, payloads: Mapping[str, tuple[str, schema.Payload]]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Distinct tensors by their first name, and that name for every name."""
+    records: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    first: dict[str, str] = {}
+    seen: dict[object, str] = {}
+    for weight, (folder, payload) in payloads.items():
+        meta = payload.tensor_meta
+        if payload.use_pickle or meta is None or not re.fullmatch(r"(weight|tensor)_\d+", payload.path_name):
+            raise InvalidArtifact("is a pickled object; only plain tensors are served", key=weight, value=payload.path_name)
+        record, dtype = folder + payload.path_name, _DTYPES[meta.dtype]
+        place = (record, meta.dtype, meta.static("sizes"), meta.static("strides"), schema.number(meta.storage_offset))
+        first[weight] = seen.setdefault(place, weight)
+        if first[weight] != weight:
+            continue
+        if record not in records:
+            records[record] = torch.empty(archive.size(record), dtype=torch.uint8)
+            archive.read_into(record, memoryview(records[record].numpy()).cast("B") if archive.size(record) else memoryview(b""))
+        flat = records[record].view(dtype)
+        tensors[weight] = torch.as_strided(flat, place[2], place[3], place[4]).contiguous()
+    return tensors, first
+
+
+def _strip(program: schema.ExportedProgram, first: Mapping[str, str]) -> schema.Stripped:
+    places: list[schema.Place] = []
+    constants: dict[str, bool | int | float | str | None] = {}
+    inputs: list[str] = []
+    keys = {"parameter": "parameter_name", "buffer": "buffer_name", "tensor_constant": "tensor_constant_name"}
+    for spec in program.graph_module.signature.input_specs:
+        kind, details = next(iter(spec.items()))
+        if kind in keys:
+            places.append(schema.Place(details["arg"]["name"], first[details[keys[kind]]]))
+        elif kind == "constant_input":
+            constants[details["name"]] = None if "as_none" in details["value"] else next(iter(details["value"].values()))
+        elif kind == "user_input" and "as_tensor" in details["arg"]:
+            inputs.append(details["arg"]["as_tensor"]["name"])
+        else:
+            raise InvalidArtifact("has an input that is no tensor", key="input_specs", value=kind)
+    outputs = [spec["user_output"]["arg"]["as_tensor"]["name"] for spec in program.graph_module.signature.output_specs]
+    names = schema.output_names(program, len(outputs))
+    if not inputs or not outputs:
+        raise InvalidArtifact("must take and give at least one tensor", key="input_specs", value=len(inputs))
+    signature, ranges = schema.signature(program, inputs, names, outputs)
+    return schema.Stripped(program.graph_module.graph, tuple(places), signature, tuple(inputs), tuple(outputs), constants, ranges)
+
+
+def _segments(program: schema.Stripped) -> list[list[Step]]:
+    """The graph's calls, a new segment before each that is the first to use some weight."""
+    weights = {place.graph_name: place.weight for place in program.places}
+    arguments = [[(item, _argument(item.arg)) for item in node.inputs] for node in program.graph.nodes]
+    last: dict[str, int] = {}
+    for position, items in enumerate(arguments):
+        last |= {name: position for _, value in items for name in _names(value)}
+    kept = {*weights, *program.constants, *program.inputs, *program.outputs}
+    segments: list[list[Step]] = [[]]
+    used: set[str] = set()
+    shared = {*weights, *program.inputs}
+    for position, (node, items) in enumerate(zip(program.graph.nodes, arguments, strict=True)):
+        names = {name for _, value in items for name in _names(value)}
+        fresh = {weights[name] for name in names if name in weights} - used
+        if fresh and segments[-1]:
+            segments.append([])
+        used |= fresh
+        outputs = _outputs(node)
+        call = _target(node.target)
+        shared |= _aliases(call, items, shared, outputs)
+        dead = {name for name in (*names, *filter(None, outputs)) if last.get(name, position) == position} - kept
+        segments[-1].append(
+            Step(
+                call=call,
+                args=tuple(value for item, value in items if item.kind != 2),
+                kwargs={item.name: value for item, value in items if item.kind == 2},
+                outputs=outputs,
+                parts=len(outputs) > 1 or "as_tensors" in (node.outputs[0] if node.outputs else ()),
+                release=tuple(sorted(dead)),
+            )
+        )
+    return segments
+
+
+def _aliases(call: Callable[..., Any], items: list[tuple[schema.Input, Any]], shared: set[str], outputs: tuple[str | None, ...]) -> set[str]:
+    """Results that may be views of weights or inputs; InvalidArtifact when the call would write to one."""
+    touched: set[str] = set()
+    if isinstance(call, torch._ops.OpOverload):
+        by_name = {argument.name: argument for argument in call._schema.arguments}
+        for item, value in items:
+            info = by_name[item.name].alias_info
+            if info is not None and shared.intersection(_names(value)):
+                if info.is_write:
+                    raise InvalidArtifact("writes to its weights or its inputs", key="target", value=str(call))
+                touched.update(filter(None, outputs))
+        if call.namespace == "aten" and not touched and any(shared.intersection(_names(value)) for _, value in items) and _may_view(call):
+            touched.update(filter(None, outputs))
+    return touched
+
+
+def _may_view(call: torch._ops.OpOverload) -> bool:
+    """Operators whose schema does not say that they may return their own argument: reshape, contiguous, to and their like."""
+    return bool(call._schema.name.removeprefix("aten::") in ("reshape", "contiguous", "to", "flatten", "dropout", "type_as", "expand_as", "view_as"))
+
+
+def _target(target: str) -> Callable[..., Any]:
+    match = _ATEN.fullmatch(target)
+    if match and match[1] not in _REFUSED:
+        overload = getattr(getattr(torch.ops.aten, match[1], None), match[2], None)
+        if isinstance(overload, torch._ops.OpOverload):
+            return overload
+    if target in _ARITHMETIC:
+        return cast(Callable[..., Any], _ARITHMETIC[target])
+    raise InvalidArtifact("is no operator that is served (aten operators are)", key="target", value=target)
+
+
+def _outputs(node: schema.Node) -> tuple[str | None, ...]:
+    found: list[str | None] = []
+    for output in node.outputs:
+        kind, value = next(iter(output.items()))
+        if kind == "as_tensors":
+            found.extend(item["name"] for item in value)
+        elif kind == "as_none":
+            found.append(None)
+        else:
+            found.append(value["name"] if kind == "as_tensor" else value["as_name"])
+    return tuple(found)
+
+
+def _argument(arg: schema.Argument) -> Any:
+    """A plain value, or one with `_Value` and `_Device` where the run fills them in."""
+    kind, value = next(iter(arg.items()))
+    if kind in _PLAIN:
+        return value
+    match kind:
+        case "as_none":
+            return None
+        case "as_tensor":
+            return _Value(value["name"])
+        case "as_tensors":
+            return [_Value(item["name"]) for item in value]
+        case "as_sym_int" | "as_sym_float" | "as_sym_bool":
+            return _symbolic(value)
+        case "as_sym_ints" | "as_sym_floats" | "as_sym_bools":
+            return [_symbolic(item) for item in value]
+        case "as_optional_tensors" | "as_optional_tensor":
+            items = [_Value(item["as_tensor"]["name"]) if "as_tensor" in item else None for item in (value if isinstance(value, list) else [value])]
+            return items if kind == "as_optional_tensors" else items[0]
+        case "as_scalar_type":
+            return _DTYPES[value]
+        case "as_memory_format":
+            return _MEMORY_FORMATS[value]
+        case "as_layout" if value == 7:
+            return torch.strided
+        case "as_device":
+            return _Device()
+    raise InvalidArtifact("is an argument that is not served", key="arg", value=kind)
+
+
+def _symbolic(value: dict[str, Any]) -> Any:
+    kind, inner = next(iter(value.items()))
+    return _Value(inner) if kind == "as_name" else inner
+
+
+def _names(value: Any) -> list[str]:
+    if type(value) is _Value:
+        return [value.name]
+    return [item.name for item in value if type(item) is _Value] if type(value) is list else []
+
+
+def _resolve(args: tuple[Any, ...], values: dict[str, Any], device: torch.device) -> list[Any]:
+    return [_fill(arg, values, device) for arg in args]
+
+
+def _resolve_named(kwargs: dict[str, Any], values: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {name: _fill(arg, values, device) for name, arg in kwargs.items()} if kwargs else kwargs
+
+
+def _fill(arg: Any, values: dict[str, Any], device: torch.device) -> Any:
+    kind = type(arg)
+    if kind is _Value:
+        return values[arg.name]
+    if kind is list:
+        return [values[item.name] if type(item) is _Value else item for item in arg]
+    return device if kind is _Device else arg

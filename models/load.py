@@ -1,0 +1,192 @@
+"""Loads a model from where it is kept: the unswapped reference that every served answer must equal.
+
+Owns the choice of reader by format. Never executes anything that came with a model: catalogued architectures are Sluice's own code, exported programs
+are interpreted, TorchScript is audited, safetensors holds numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from blake3 import blake3
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from contracts.artifact import Program, Signature
+from contracts.errors import InvalidArtifact
+from contracts.functions import ModelFormat, ModelRef
+from models import catalogue, exported, networks, script, seeded
+from models.archive import locate, reading
+from models.program import Executable
+
+_TORCH_DTYPES = {
+    "BOOL": torch.bool,
+    "UINT8": torch.uint8,
+    "UINT16": torch.uint16,
+    "UINT32": torch.uint32,
+    "UINT64": torch.uint64,
+    "INT8": torch.int8,
+    "INT16": torch.int16,
+    "INT32": torch.int32,
+    "INT64": torch.int64,
+    "FP16": torch.float16,
+    "FP32": torch.float32,
+    "FP64": torch.float64,
+    "BF16": torch.bfloat16,
+}
+_RECORDED_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model with its own weights, ready to run. `payload` is the content of its program file, empty for catalogued architectures."""
+
+    executable: Executable
+    program: Program
+    payload: bytes
+
+    @property
+    def module(self) -> nn.Module:
+        """The torch module, in evaluation mode."""
+        return self.executable.module
+
+    @property
+    def signature(self) -> Signature:
+        """What it takes and gives."""
+        return self.executable.signature
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name. InvalidTensor when the inputs do not fit the signature."""
+        names = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
+        self.signature.bind({name: (names.get(tensor.dtype, str(tensor.dtype)), tensor.shape) for name, tensor in inputs.items()})
+        with torch.inference_mode():
+            return self.executable(inputs)
+
+    def sample(self) -> dict[str, Tensor]:
+        """One row of ones (or the fewest rows that the program takes): enough to walk through the model."""
+        ranges = self.module.program.ranges if isinstance(self.module, exported.ExportedModule) else {}
+
+        def size(dim: int | str) -> int:
+            if isinstance(dim, int):
+                return dim
+            limits = ranges.get(dim)
+            least, most = (limits.min_val or 1, limits.max_val or _RECORDED_SIZE) if limits else (1, _RECORDED_SIZE)
+            return max(1, least) if dim == "batch" else max(least, min(_RECORDED_SIZE, most))
+
+        return {spec.name: torch.ones([size(dim) for dim in spec.shape], dtype=_TORCH_DTYPES[spec.dtype]) for spec in self.signature.inputs}
+
+
+def load(ref: ModelRef) -> Loaded:
+    """The model that `ref` names. InvalidArtifact names the file or the option that is wrong, Unavailable a package that is missing."""
+    match ref.format:
+        case ModelFormat.CATALOG:
+            return _from_catalogue(catalogue.parse(ref.source))
+        case ModelFormat.SAFETENSORS:
+            return _from_safetensors(locate(ref.source))
+        case ModelFormat.TORCH_EXPORT:
+            return _from_export(_file(locate(ref.source), "*.pt2"))
+        case ModelFormat.TORCHSCRIPT:
+            return _from_script(_file(locate(ref.source), "*.pt"))
+
+
+def _from_catalogue(choice: catalogue.Choice) -> Loaded:
+    module = networks.construct(choice.config)
+    if choice.pretrained is None:
+        seeded.fill(module, choice.seed)
+        return _catalogued(module, choice.architecture, choice.config)
+    return _with_weights(module, choice.architecture, choice.config, choice.pretrained.path())
+
+
+def _from_safetensors(path: Path) -> Loaded:
+    file = _file(path, "*.safetensors")
+    described = file.with_name("config.json")
+    with reading(described):
+        described_by: Any = json.loads(described.read_bytes())
+        architecture, arguments = _described(described_by, described)
+    config = catalogue.configure(architecture, arguments, str(described))
+    return _with_weights(networks.construct(config), architecture, config, file)
+
+
+def _described(document: Any, path: Path) -> tuple[str, dict[str, object]]:
+    """(architecture, arguments) from a configuration of Sluice's own or of transformers'."""
+    if not isinstance(document, dict):
+        raise InvalidArtifact("must be a JSON object", key="model", value=str(path))
+    if "sluice_architecture" in document:
+        arguments = document.get("sluice_arguments", {})
+        if not isinstance(arguments, dict):
+            raise InvalidArtifact("sluice_arguments must be a JSON object", key="model", value=str(path))
+        return str(document["sluice_architecture"]), arguments
+    architecture = str(document.get("model_type"))
+    known = catalogue.ARCHITECTURES.get(architecture)
+    arguments = {key: document[key] for key in (known.__struct_fields__ if known else ()) if key in document}
+    if architecture == "bert" and path.with_name("modules.json").is_file():
+        arguments["output"] = "sentence"
+    return architecture, arguments
+
+
+def _with_weights(module: nn.Module, architecture: str, config: catalogue.Config, file: Path) -> Loaded:
+    """Fills a module from a safetensors file whose names may carry the prefix of a whole transformers model ("bert.")."""
+    with reading(file), safe_open(str(file), framework="pt") as tensors:
+        names = set(tensors.keys())
+        prefix = next((p for p in ("", f"{architecture}.", "transformer.") if f"{p}{_first_name(module)}" in names), "")
+        for path, owner in module.named_modules():
+            for table in (owner._parameters, owner._buffers):
+                for key, like in table.items():
+                    if like is None:
+                        continue
+                    name = f"{prefix}{path}.{key}" if path else f"{prefix}{key}"
+                    if name not in names:
+                        raise InvalidArtifact(f"lacks the tensor {name} of {architecture}", key="model", value=str(file))
+                    tensor = tensors.get_tensor(name)
+                    if tensor.shape != like.shape or tensor.dtype != like.dtype:
+                        raise InvalidArtifact(
+                            f"{name} must be {like.dtype} {list(like.shape)}, is {tensor.dtype} {list(tensor.shape)}", key="model", value=str(file)
+                        )
+                    table[key] = tensor  # type: ignore[assignment]
+    return _catalogued(module, architecture, config)
+
+
+def _first_name(module: nn.Module) -> str:
+    return next(name for name, _ in module.named_parameters())
+
+
+def _catalogued(module: nn.Module, architecture: str, config: catalogue.Config) -> Loaded:
+    program = Program("catalog", architecture, msgspec.json.encode(config, order="deterministic").decode())
+    return Loaded(Executable(module, catalogue.signature(config)), program, b"")
+
+
+def _from_export(file: Path) -> Loaded:
+    stripped, tensors = exported.read(file)
+    payload = exported.encode(stripped)
+    executable = Executable(exported.decode(payload), stripped.signature)
+    executable.bind(tensors)
+    return Loaded(executable, _program("torch-export", payload), payload)
+
+
+def _from_script(file: Path) -> Loaded:
+    module = script.read(file)
+    with reading(file):
+        payload = script.read(file).encode()
+    return Loaded(Executable(module, module.signature), _program("torchscript", payload), payload)
+
+
+def _program(kind: str, payload: bytes) -> Program:
+    return Program(kind, f"{blake3(payload).hexdigest()}.program")
+
+
+def _file(path: Path, pattern: str) -> Path:
+    """The model file: the path itself, or the one file in a folder that fits."""
+    if path.is_dir():
+        found = sorted(path.glob(pattern))
+        if len(found) != 1:
+            raise InvalidArtifact(f"must hold exactly one {pattern} file, holds {len(found)}", key="storageUri", value=str(path))
+        return found[0]
+    if not path.is_file():
+        raise InvalidArtifact("is no file", key="storageUri", value=str(path))
+    return path
