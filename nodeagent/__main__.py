@@ -1,0 +1,46 @@
+"""`python -m nodeagent`: one node agent in the foreground. SIGTERM and SIGINT end it cleanly; the weight store stays for the next one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+
+import uvloop
+
+from contracts.errors import SluiceError
+from nodeagent.agent import Agent
+from nodeagent.listener import lock_run_dir
+from nodeagent.options import Options, parse
+
+
+async def _serve(options: Options) -> None:
+    agent = Agent(options)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, agent.stop)
+    await agent.run()
+
+
+def main(options: Options) -> int:
+    """Serves until a signal; 0 after a clean end, 1 when the agent could not start or its state broke."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s nodeagent %(levelname)s %(message)s")
+    try:
+        lock = lock_run_dir(options.run_dir)
+        try:
+            uvloop.run(_serve(options))
+        finally:
+            os.close(lock)
+    except (SluiceError, OSError) as error:
+        print(f"nodeagent: {error}", file=sys.stderr)
+        return 1
+    except Exception:
+        logging.getLogger("nodeagent").exception("the agent ends")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse()))

@@ -1,0 +1,168 @@
+"""The host weight store: one folder in shared memory that holds each model's weights once for the whole node, and outlives the agent.
+
+Owns the folder, its budget in bytes, and who refers to which model; `models.store` says what lies in it. A restarted agent adopts what it finds
+without the loader, each model once its bytes were read again and match their digest. What is torn, damaged or unknown is removed. Never reads a model
+file and writes nothing: the loader does both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from blake3 import blake3
+
+from contracts.artifact import WeightIndex
+from contracts.errors import InvalidArtifact, Unavailable
+from contracts.functions import ModelRef
+from models.store import identity, read_index, ref_name
+
+_log = logging.getLogger(__name__)
+_READ_BYTES = 8 << 20
+
+
+def store_folder(run_dir: Path) -> Path:
+    """Where the store of a run dir lies, unless the command line says otherwise."""
+    return Path("/dev/shm") / f"sluice-{os.getuid()}-{blake3(os.fsencode(run_dir)).hexdigest(length=4)}"
+
+
+class Stored:
+    """One model in the store. `fd` is its weight file; `refs` counts the functions that use it; `verified` once its bytes matched the digest."""
+
+    __slots__ = ("fd", "index", "index_json", "nbytes", "refs", "verified")
+
+    def __init__(self, index: WeightIndex, index_json: bytes, fd: int) -> None:
+        self.index = index
+        self.index_json = index_json
+        self.fd = fd
+        self.nbytes = index.total_bytes + len(index_json)
+        self.refs = 0
+        self.verified = False
+
+    def close(self) -> None:
+        """Closes the weight file."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class HostStore:
+    """All models of the node by digest. Unavailable from the constructor when the folder cannot be used."""
+
+    def __init__(self, folder: Path, budget_bytes: int) -> None:
+        self.folder = folder
+        self.budget_bytes = budget_bytes
+        self._models: dict[str, Stored] = {}
+        self._programs: dict[str, int] = {}
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if folder.stat().st_uid != os.geteuid():
+                raise PermissionError(f"it belongs to user {folder.stat().st_uid}")
+            folder.chmod(0o700)
+        except OSError as error:
+            raise Unavailable(f"the host store {folder} cannot be used: {error}") from None
+        for path in sorted(folder.glob("*.json")):
+            with contextlib.suppress(InvalidArtifact):
+                self._open(path.stem)
+        self.sweep()
+
+    @property
+    def used_bytes(self) -> int:
+        """What all models take, those included that no function uses yet."""
+        return sum(stored.nbytes for stored in self._models.values()) + sum(self._programs.values())
+
+    @property
+    def room_bytes(self) -> int:
+        """What one more model may take."""
+        return max(0, self.budget_bytes - self.used_bytes)
+
+    async def find(self, ref: ModelRef) -> Stored | None:
+        """The model of a reference, if the store holds what its source holds now and its bytes are intact; InvalidArtifact as the loader raises it."""
+        digest = _text(self.folder / ref_name(ref))
+        stored = self._models.get(digest)
+        if stored is None or stored.verified or await self.intact(stored):
+            return stored
+        _log.warning("the stored weights of %s are damaged and are removed", ref.source)
+        self.discard(stored)
+        return None
+
+    def add(self, digest: str) -> Stored:
+        """Takes up what the loader has just written; InvalidArtifact if it is not there or not whole."""
+        stored = self._models.get(digest) or self._open(digest)
+        stored.verified = True
+        return stored
+
+    async def intact(self, stored: Stored) -> bool:
+        """Whether the file still holds the bytes that its digest names; read in a thread."""
+        stored.verified = await asyncio.get_running_loop().run_in_executor(None, _matches, stored.fd, stored.index)
+        return stored.verified
+
+    def release(self, stored: Stored) -> None:
+        """One function less uses the model; with the last it goes."""
+        stored.refs -= 1
+        if not stored.refs:
+            self.discard(stored)
+
+    def discard(self, stored: Stored) -> None:
+        """Forgets a model, whose files the next `sweep` removes; functions that use it keep what they mapped until they release it."""
+        if self._models.get(stored.index.digest) is stored:
+            del self._models[stored.index.digest]
+        if not stored.refs:
+            stored.close()
+
+    def drop_unclaimed(self) -> bool:
+        """Forgets the models that no function uses; True if there were any."""
+        unclaimed = [stored for stored in self._models.values() if not stored.refs]
+        for stored in unclaimed:
+            self.discard(stored)
+        return bool(unclaimed)
+
+    def sweep(self) -> None:
+        """Removes every file that no known model needs: what a killed loader or agent left. Not while the loader writes."""
+        programs = {stored.index.program.source for stored in self._models.values()}
+        self._programs = {name: nbytes for name, nbytes in self._programs.items() if name in programs}
+        needed = {f"{digest}.{kind}" for digest in self._models for kind in ("weights", "json")} | programs
+        for path in self.folder.iterdir():
+            if path.name not in needed and not (path.suffix == ".ref" and _text(path) in self._models):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+    def close(self, *, remove: bool) -> None:
+        """Lets go of the files, and deletes them if nobody is to adopt them."""
+        for stored in self._models.values():
+            stored.close()
+        if remove:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _open(self, digest: str) -> Stored:
+        index = read_index(self.folder, digest)
+        try:
+            index_json = (self.folder / f"{digest}.json").read_bytes()
+            fd = os.open(self.folder / f"{digest}.weights", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            raise InvalidArtifact(f"cannot be opened ({error.strerror})", key="digest", value=digest) from None
+        if index.program.kind != "catalog":
+            self._programs[index.program.source] = (self.folder / index.program.source).stat().st_size
+        stored = self._models[digest] = Stored(index, index_json, fd)
+        return stored
+
+
+def _matches(fd: int, index: WeightIndex) -> bool:
+    """Reads the file (never maps it: it might be cut short meanwhile) and compares its digest."""
+    hasher = blake3()
+    offset = 0
+    while data := os.pread(fd, _READ_BYTES, offset):
+        hasher.update(data)
+        offset += len(data)
+    return hasher.update(identity(index)).hexdigest() == index.digest
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, ValueError):
+        return ""

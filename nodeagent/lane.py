@@ -1,0 +1,255 @@
+"""One lane process as the agent sees it: its two channels, its page, what it has mapped, and the batch that it runs.
+
+Owns the protocol with the lane. A lane that answers what it was not asked is closed; `Lanes` sees to its end. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+from typing import Protocol
+
+from contracts.channel import AsyncChannel
+from contracts.errors import ProtocolError
+from contracts.lane_page import LanePage
+from contracts.wire import (
+    Attached,
+    BatchDone,
+    BatchPaused,
+    Copy,
+    CopyGrant,
+    CopyProgress,
+    Detach,
+    FromLaneCopy,
+    FromLaneRun,
+    LaneReady,
+    MapSegment,
+    Message,
+    Resume,
+    Run,
+    UnmapSegment,
+)
+from nodeagent import events
+from nodeagent.functions import Entry
+from nodeagent.outbox import Outbox
+from nodeagent.requests import Request
+from nodeagent.segments import Segment
+
+
+class LaneOwner(Protocol):
+    """Who hears what a lane does."""
+
+    def batch_paused(self, lane: Lane, request: Request, message: BatchPaused) -> None:
+        """Its batch stands at a gate."""
+
+    def batch_done(self, lane: Lane, request: Request, message: BatchDone) -> None:
+        """Its batch has ended; the lane is free again."""
+
+    def copy_progress(self, message: CopyProgress) -> None:
+        """More of a copy has arrived."""
+
+    def attach_failed(self, entry: Entry, error: str) -> None:
+        """It cannot make the function's module."""
+
+
+class LaneKeeper(Protocol):
+    """Who sees to a lane's beginning and end."""
+
+    def lane_proved(self, lane: Lane) -> None:
+        """It has proved its SM cap."""
+
+    def lane_closed(self, lane: Lane, error: Exception | None) -> None:
+        """A channel has ended, or the lane broke the protocol."""
+
+
+class Lane:
+    """`state` is "starting", "idle" or "ending"; `copies` holds what is under way: copy id -> (function, bytes arrived)."""
+
+    __slots__ = (
+        "_attached",
+        "_copies",
+        "_copy",
+        "_keeper",
+        "_outbox",
+        "_owner",
+        "_page",
+        "_retired",
+        "_run",
+        "_segments",
+        "pid",
+        "pidfd",
+        "running",
+        "spec",
+        "state",
+    )
+
+    def __init__(self, spec: events.StartLane, page: LanePage, outbox: Outbox, owner: LaneOwner, keeper: LaneKeeper) -> None:
+        self.spec = spec
+        self.state = "starting"
+        self.pid = 0
+        self.pidfd = -1
+        self.running: Request | None = None
+        self._page = page
+        self._outbox = outbox
+        self._owner = owner
+        self._keeper = keeper
+        self._attached: dict[str, Entry] = {}
+        self._retired: set[str] = set()
+        self._segments: set[int] = set()
+        self._copies: dict[int, tuple[Entry, int]] = {}
+        self._run: AsyncChannel
+        self._copy: AsyncChannel
+
+    def connect(self, run: socket.socket, copy: socket.socket) -> None:
+        """Takes over the agent's ends of the two channels."""
+        self._run = AsyncChannel(run, FromLaneRun, self._on_run_message, self._on_close)
+        self._copy = AsyncChannel(copy, FromLaneCopy, self._on_copy_message, self._on_close)
+
+    def close(self, error: Exception | None = None) -> None:
+        """Ends both channels, which the lane sees as its end; `lane_closed` follows once. No more messages come."""
+        if self.state != "ending":
+            self.state = "ending"
+            self._run.close()
+            self._copy.close()
+            self._page.close()
+            self._keeper.lane_closed(self, error)
+
+    def kill(self) -> None:
+        """SIGKILL, if its process is known."""
+        if self.pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    @property
+    def at_work(self) -> set[Entry]:
+        """The functions that run or are copied here."""
+        entries = {entry for entry, _ in self._copies.values()}
+        if self.running is not None:
+            entries.add(self.running.entry)
+        return entries
+
+    def begin(self, request: Request, command: events.Run) -> None:
+        """Runs a request's batch; the function and the segment are made known to the lane first if they are not."""
+        if self.state == "ending":
+            self.running = request
+            return
+        entry, segment = request.entry, request.segment
+        self._attach(entry)
+        if segment.id not in self._segments:
+            self._segments.add(segment.id)
+            self._outbox.add(self._run, MapSegment(segment.id, segment.nbytes), segment.fd)
+        self.running = request
+        parts = request.submit.parts
+        self._outbox.add(self._run, Run(request.id, entry.lane_name, command.offset, command.copy, segment.id, parts, command.preemptible))
+
+    def preempt(self, request: int) -> None:
+        """Asks the batch to pause at its next gate."""
+        if self.state != "ending":
+            self._page.pause_batch = request
+
+    def resume(self, request: int) -> None:
+        """A paused batch goes on."""
+        if self.state != "ending":
+            self._page.pause_batch = 0
+            self._outbox.add(self._run, Resume(request))
+
+    def begin_copy(self, entry: Entry, command: events.Copy) -> None:
+        """Begins to copy a function's weights."""
+        if self.state != "ending":
+            self._attach(entry)
+            self._copies[command.copy] = (entry, 0)
+            self._outbox.add(self._copy, Copy(command.copy, entry.lane_name, command.offset, command.until_bytes))
+
+    def grant(self, command: events.CopyGrant) -> None:
+        """The copy may go on."""
+        if self.state != "ending":
+            self._outbox.add(self._copy, CopyGrant(command.copy, command.until_bytes))
+
+    def unmap(self, segment: Segment) -> None:
+        """No later batch refers to the segment."""
+        if segment.id in self._segments and self.state != "ending":
+            self._segments.remove(segment.id)
+            self._outbox.add(self._run, UnmapSegment(segment.id))
+
+    def retire(self, entry: Entry) -> None:
+        """The function was removed: the lane forgets it as soon as nothing of it runs or is copied here."""
+        if entry.lane_name in self._attached:
+            self._retired.add(entry.lane_name)
+            self._detach_retired()
+
+    def _attach(self, entry: Entry) -> None:
+        if entry.lane_name not in self._attached:
+            self._attached[entry.lane_name] = entry
+            self._outbox.add(self._copy, entry.attach, entry.stored.fd)
+
+    def _detach_retired(self) -> None:
+        if not self._retired or self.state == "ending":
+            return
+        busy = {entry.lane_name for entry in self.at_work}
+        for name in self._retired - busy:
+            self._retired.remove(name)
+            del self._attached[name]
+            self._outbox.add(self._copy, Detach(name))
+
+    def _on_run_message(self, message: Message, fds: list[int]) -> None:
+        try:
+            if isinstance(message, BatchDone):
+                request = self._running(message.batch)
+                self.running = None
+                self._page.pause_batch = 0
+                self._detach_retired()
+                self._owner.batch_done(self, request, message)
+            elif isinstance(message, BatchPaused):
+                self._owner.batch_paused(self, self._running(message.batch), message)
+            elif isinstance(message, LaneReady):
+                self._prove(message)
+                self._keeper.lane_proved(self)
+        except ProtocolError as error:
+            self.close(error)
+
+    def _prove(self, message: LaneReady) -> None:
+        """Fail closed: a lane that cannot prove its cap does not serve."""
+        if self.state != "starting" or message.lane != self.spec.lane:
+            raise ProtocolError(f"lane {self.spec.lane} says that lane {message.lane} is ready")
+        if message.sm_percent != self.spec.sm_percent:
+            raise ProtocolError(f"lane {self.spec.lane} proved {message.sm_percent} % of the SMs, not {self.spec.sm_percent} %")
+        try:
+            self.pidfd = os.pidfd_open(message.pid)
+        except (OSError, ValueError) as error:
+            raise ProtocolError(f"lane {self.spec.lane} says that it is process {message.pid}: {error}") from None
+        self.pid = message.pid
+        self.state = "idle"
+
+    def _running(self, batch: int) -> Request:
+        if self.running is None or self.running.id != batch:
+            raise ProtocolError(f"lane {self.spec.lane} speaks of batch {batch}, which it does not run")
+        return self.running
+
+    def _on_copy_message(self, message: Message, fds: list[int]) -> None:
+        if isinstance(message, CopyProgress):
+            self._on_progress(message)
+        elif isinstance(message, Attached) and message.error:
+            entry = self._attached.get(message.function)
+            if entry is not None:
+                self._owner.attach_failed(entry, message.error)
+
+    def _on_progress(self, message: CopyProgress) -> None:
+        known = self._copies.get(message.copy)
+        if known is None:
+            return
+        entry, before = known
+        total = entry.stored.index.total_bytes
+        if not before <= message.copied_bytes <= total:
+            self.close(ProtocolError(f"lane {self.spec.lane} says that {message.copied_bytes} of {total} bytes arrived, after {before}"))
+            return
+        if message.copied_bytes == total:
+            del self._copies[message.copy]
+            self._detach_retired()
+        else:
+            self._copies[message.copy] = (entry, message.copied_bytes)
+        self._owner.copy_progress(message)
+
+    def _on_close(self, error: Exception | None) -> None:
+        self.close(error)

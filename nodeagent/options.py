@@ -1,0 +1,97 @@
+"""The command line of a node agent, parsed and validated once; everything below receives the frozen result.
+
+Never reads the environment and opens nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from contracts.units import MS, parse_bytes
+from nodeagent.hoststore import store_folder
+
+_DEVICE = re.compile(r"[a-z]+:[0-9]+")
+
+
+class Options(msgspec.Struct, frozen=True):
+    """How one agent runs. Memory in bytes, times in ns; `link_bytes_per_s` 0 means as fast as it goes, `activation_bytes` 0 no bound."""
+
+    run_dir: Path
+    devices: tuple[str, ...]
+    device_bytes: int
+    host_bytes: int
+    store: Path
+    link_bytes_per_s: int = 0
+    window_ns: int = 100 * MS
+    threads: int = 1
+    activation_bytes: int = 0
+    metrics_port: int | None = None
+    drain_ns: int = 10_000 * MS
+    adopt_ns: int = 60_000 * MS
+    remove_store: bool = False
+    worker_command: tuple[str, ...] = (sys.executable, "-m", "predictor.worker")
+    loader_command: tuple[str, ...] = (sys.executable, "-m", "models.loader")
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """Options from a command line (the process's own by default); a wrong one ends the process with a message that names it."""
+    parser = argparse.ArgumentParser(prog="python -m nodeagent", description="The only scheduler of a node: queues, tokens, memory, copies, lanes.")
+    parser.add_argument("--run-dir", type=Path, required=True, help="folder of the sockets, made with mode 0700")
+    parser.add_argument("--device", action="append", type=_device, required=True, metavar="KIND:N", help="a device, for example cpu:0 (repeatable)")
+    parser.add_argument("--device-memory", type=_size, required=True, metavar="BYTES", help="slab of each device: 512Mi, 2G or bytes")
+    parser.add_argument("--host-memory", type=_size, required=True, metavar="BYTES", help="budget of the host weight store")
+    parser.add_argument("--store", type=Path, help="folder of the host weight store (default: one in /dev/shm that belongs to the run dir)")
+    parser.add_argument("--link-bandwidth", type=_size, default=0, metavar="BYTES_PER_S", help="of the CPU device's host link (default: unlimited)")
+    parser.add_argument("--window-ms", type=_positive, default=100, help="the period over which a quota is counted")
+    parser.add_argument("--threads", type=_positive, default=1, help="compute threads of a CPU lane")
+    parser.add_argument(
+        "--activation-memory", type=_size, default=0, metavar="BYTES", help="what a batch may allocate beside weights (default: no bound)"
+    )
+    parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics on this port of 127.0.0.1")
+    parser.add_argument("--drain-seconds", type=_positive, default=10, help="how long SIGTERM waits for accepted requests")
+    parser.add_argument("--remove-store", action="store_true", help="delete the host weight store at a clean end (else the next agent adopts it)")
+    given = parser.parse_args(arguments)
+    if len(set(given.device)) != len(given.device):
+        parser.error(f"argument --device: each device once, got {' '.join(given.device)}")
+    if given.device_memory < 1:
+        parser.error("argument --device-memory: must be greater than 0")
+    run_dir = given.run_dir.absolute()
+    return Options(
+        run_dir=run_dir,
+        devices=tuple(given.device),
+        device_bytes=given.device_memory,
+        host_bytes=given.host_memory,
+        store=given.store.absolute() if given.store else store_folder(run_dir),
+        link_bytes_per_s=given.link_bandwidth,
+        window_ns=given.window_ms * MS,
+        threads=given.threads,
+        activation_bytes=given.activation_memory,
+        metrics_port=given.metrics_port,
+        drain_ns=given.drain_seconds * 1000 * MS,
+        remove_store=given.remove_store,
+    )
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number greater than 0, got {text!r}")
+    return int(text)
+
+
+def _device(text: str) -> str:
+    if not _DEVICE.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"must look like cpu:0, got {text!r}")
+    return text
