@@ -1,0 +1,57 @@
+"""The fork server: loads torch and the networks once, then forks a lane for each Spawn on its socket. The end of the stream ends it, not its lanes.
+
+Stays single-threaded and runs no model, so that a fork is safe. Its lanes are reaped by the kernel; the agent learns of their end by their channels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import signal
+import socket
+import warnings
+
+from contracts.channel import Channel
+from contracts.wire import Spawn
+from models import catalogue, networks
+from predictor.worker import lane
+
+
+def main() -> None:
+    """Serves the connected stream socket that `--socket` names."""
+    parser = argparse.ArgumentParser(prog="python -m predictor.worker", description="Fork server of a node's lanes; started by the node agent.")
+    parser.add_argument("--socket", type=int, default=0, metavar="FD", help="a connected Unix stream socket (default: standard input)")
+    channel = Channel(_take(parser.parse_args().socket), Spawn)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", "The given buffer is not writable")
+    _load_networks()
+    while (received := channel.receive()) is not None:
+        spawn, fds = received
+        assert isinstance(spawn, Spawn)
+        if os.fork() == 0:
+            channel.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            lane.serve(spawn, fds)
+        for fd in fds:
+            os.close(fd)
+
+
+def _load_networks() -> None:
+    """Builds each network once (without weights): the first one costs torch's lazy imports, a second or more, which no lane should pay."""
+    for entry in catalogue.ENTRIES.values():
+        networks.construct(entry.defaults)
+    gc.collect()
+    gc.freeze()
+
+
+def _take(fd: int) -> socket.socket:
+    """The socket behind a descriptor, moved off standard input, which lanes get from /dev/null."""
+    taken = socket.socket(fileno=os.dup(fd))
+    os.dup2(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), fd)
+    return taken
+
+
+if __name__ == "__main__":
+    main()

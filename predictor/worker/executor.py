@@ -1,0 +1,87 @@
+"""The executor: binds a function's weights, runs one batch, and says what it cost.
+
+Runs on the lane's main thread, one batch at a time. Waits at gates for weights that are still being copied, and stands still there when the agent
+asks a preemptible batch to pause. Never decides what runs, and never fails: a model's error becomes the batch's answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from contracts.errors import to_wire
+from contracts.lane_page import LanePage
+from contracts.wire import BatchDone, Run
+from predictor.worker.devices.base import Device, Meter
+from predictor.worker.functions import Function, Functions, Program
+from predictor.worker.memory import ActivationBound
+from predictor.worker.segments import Segments
+from predictor.worker.swap import Transfer
+
+_LONGEST_MESSAGE = 2000
+
+Pause = Callable[[int, int], None]
+"""pause(batch, gpu_ns): reports that a batch stands still; returns when it may go on."""
+
+
+class Executor:
+    """Runs batches of attached functions on one device."""
+
+    def __init__(self, device: Device, functions: Functions, segments: Segments, bound: ActivationBound, page: LanePage, pause: Pause) -> None:
+        self._device = device
+        self._functions = functions
+        self._segments = segments
+        self._bound = bound
+        self._page = page
+        self._pause = pause
+        self._meter: Meter
+        self._batch = 0
+        self._awaited: Transfer | None = None
+
+    def run(self, run: Run) -> BatchDone:
+        """Runs a batch to its end; its outputs lie where they were reserved when this returns."""
+        self._meter = meter = self._device.meter()
+        error: tuple[str, str] | None = None
+        try:
+            function = self._functions.ready(run.function)
+            awaited = self._functions.transfer(function, run.copy) if run.copy else None
+            self._bound.settle()
+            meter.start()
+            program = function.bind(self._device.slab, run.offset)
+            self._open(run, function, program, awaited)
+            self._run(run, program)
+        except Exception as failure:
+            kind, message, _ = to_wire(failure)
+            error = kind, message[:_LONGEST_MESSAGE]
+        meter.stop()
+        self._awaited = None
+        return BatchDone(run.batch, meter.gpu_ns, meter.swap_ns, error)
+
+    @torch.inference_mode()
+    def _run(self, run: Run, program: Program) -> None:
+        places = self._segments.inputs(run.segment, run.parts)
+        inputs = {name: self._device.place(tensor) for name, tensor in places.items()}
+        self._segments.write(run.segment, run.parts, program.execute(inputs))
+
+    def _open(self, run: Run, function: Function, program: Program, awaited: Transfer | None) -> None:
+        """Arms the gates if this batch has anything to do there, and passes the one before the model itself."""
+        self._awaited = None if awaited is None or awaited.complete else awaited
+        self._batch = run.batch if run.preemptible else 0
+        if self._awaited is None and not self._batch:
+            program.gates.disarm()
+            return
+        program.gates.arm(function.needs, self._pass)
+        name, need_bytes = function.needs[0]
+        self._pass(0 if name else need_bytes)
+
+    def _pass(self, need_bytes: int) -> None:
+        """At a gate: falls back to the share, waits for weights, pauses if asked to."""
+        self._meter.pace()
+        awaited = self._awaited
+        if awaited is not None and awaited.arrived < need_bytes:
+            self._meter.stall(lambda: awaited.hold(need_bytes))
+        if self._batch and self._page.pause_batch == self._batch:
+            self._meter.stop()
+            self._pause(self._batch, self._meter.gpu_ns)
+            self._meter.start()

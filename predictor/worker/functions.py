@@ -1,0 +1,172 @@
+"""The functions attached to a lane: their mapped weights, and the torch module that functions of one program share.
+
+Three threads meet here: the copy thread attaches and detaches, a background thread makes functions ready, the main thread runs them. A program's
+module lives as long as a function needs it. Never runs a module.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from contracts.artifact import WeightIndex, decode_index
+from contracts.errors import InvalidArtifact, SluiceError, Unavailable
+from contracts.wire import Attach, Attached
+from models.program import build
+from models.weights import views
+from predictor.worker.devices.base import Device
+from predictor.worker.gates import Gates, Needs, needs_of
+from predictor.worker.memory import ActivationBound
+from predictor.worker.swap import Transfer
+
+_ARRIVAL_S = 10.0
+_serials = itertools.count(1)
+
+
+class Program:
+    """A module without weights of its own. `bound` says whose views its parameters are: (function's serial, slab offset)."""
+
+    def __init__(self, index: WeightIndex, store: Path) -> None:
+        self.execute = build(index, store)
+        self.gates = Gates(self.execute.module)
+        self.bound = (0, 0)
+
+
+class Function:
+    """One attached function. It is ready once `program` is set, lost once `error` is; `transfer` is its latest copy by this lane."""
+
+    def __init__(self, name: str, weights: torch.Tensor) -> None:
+        self.name = name
+        self.weights = weights
+        self.index: WeightIndex | None = None
+        self.program: Program | None = None
+        self.needs: Needs = ()
+        self.error: SluiceError | None = None
+        self.transfer: Transfer | None = None
+        self._serial = next(_serials)
+        self._views: tuple[int, Mapping[str, torch.Tensor]] = (-1, {})
+
+    def bind(self, slab: torch.Tensor, offset: int) -> Program:
+        """Its program with its weights at `offset` of the slab. Views are made once for a place, and bound only if they are not yet."""
+        program, index = self.program, self.index
+        assert program is not None and index is not None
+        if program.bound != (self._serial, offset):
+            if self._views[0] != offset:
+                self._views = offset, views(slab[offset : offset + index.total_bytes], index)
+            program.bound = (0, 0)
+            program.execute.bind(self._views[1])
+            program.bound = (self._serial, offset)
+        return program
+
+
+class Functions:
+    """What is attached. `report` sends Attached to the agent."""
+
+    def __init__(self, device: Device, bound: ActivationBound, report: Callable[[Attached], None]) -> None:
+        self._device = device
+        self._bound = bound
+        self._report = report
+        self._functions: dict[str, Function] = {}
+        self._programs: weakref.WeakValueDictionary[str, Program] = weakref.WeakValueDictionary()
+        self._changed = threading.Condition()
+        self._unready: queue.SimpleQueue[tuple[Function, Attach]] = queue.SimpleQueue()
+
+    def attach(self, message: Attach, weights_fd: int) -> None:
+        """Maps the weights (closing the descriptor), so that a copy may begin at once; `serve` does the rest. Replaces a function of that name."""
+        try:
+            function = Function(message.function, _map(weights_fd))
+        finally:
+            os.close(weights_fd)
+        with self._changed:
+            self._functions[message.function] = function
+            self._changed.notify_all()
+        self._unready.put((function, message))
+
+    def detach(self, name: str) -> Function | None:
+        """Forgets a function; its mapping, views and, if nobody else needs it, its module go with the last reference."""
+        return self._functions.pop(name, None)
+
+    def serve(self) -> None:
+        """Makes attached functions ready, one after another, for ever: the background thread."""
+        while True:
+            function, message = self._unready.get()
+            if self._functions.get(function.name) is not function:
+                continue
+            try:
+                with self._bound.lifted():
+                    self._prepare(function, message)
+                error = None
+            except Exception as failure:
+                error = failure if isinstance(failure, SluiceError) else InvalidArtifact(f"cannot be built ({type(failure).__name__}: {failure})")
+            with self._changed:
+                function.error = error
+                self._changed.notify_all()
+            self._report(Attached(message.function, error.message if error else ""))
+            del function, message
+
+    def find(self, name: str) -> Function:
+        """An attached function, ready or not; waits a little for an Attach that is still on its way."""
+        function = self._functions.get(name)
+        if function is None:
+            with self._changed:
+                self._changed.wait_for(lambda: name in self._functions, _ARRIVAL_S)
+            function = self._functions.get(name)
+            if function is None:
+                raise Unavailable(f"function {name!r} is not attached to this lane")
+        return function
+
+    def ready(self, name: str) -> Function:
+        """A function that can run; waits until it is made ready. Its own error if that failed, Unavailable if it is not attached."""
+        function = self.find(name)
+        if function.program is None:
+            with self._changed:
+                self._changed.wait_for(lambda: function.program is not None or function.error is not None)
+        if function.error is not None:
+            raise function.error.with_traceback(None)
+        return function
+
+    def started(self, function: Function, transfer: Transfer) -> None:
+        """A copy of its weights has begun."""
+        with self._changed:
+            function.transfer = transfer
+            self._changed.notify_all()
+
+    def transfer(self, function: Function, copy: int) -> Transfer:
+        """The copy that a run has to wait for; waits a little for a Copy that is still on its way, Unavailable if it never came or was replaced."""
+        if function.transfer is None or function.transfer.copy != copy:
+            with self._changed:
+                self._changed.wait_for(lambda: function.transfer is not None and function.transfer.copy >= copy, _ARRIVAL_S)
+        transfer = function.transfer
+        if transfer is None or transfer.copy != copy:
+            raise Unavailable(f"copy {copy} of function {function.name!r} is not made by this lane")
+        return transfer
+
+    def _prepare(self, function: Function, message: Attach) -> None:
+        index = decode_index(message.index)
+        if index.total_bytes != function.weights.numel():
+            raise InvalidArtifact(f"must have {index.total_bytes} bytes", key=f"{index.digest}.weights", value=function.weights.numel())
+        self._device.pin(function.weights)
+        program = self._programs.get(index.program_id)
+        if program is None:
+            program = self._programs[index.program_id] = Program(index, Path(message.store))
+        for gate in index.gates:
+            program.execute.module.get_submodule(gate.module)
+        function.index = index
+        function.needs = needs_of(index.gates, index.total_bytes)
+        function.program = program
+
+
+def _map(weights_fd: int) -> torch.Tensor:
+    """The whole file, read only, as uint8."""
+    nbytes = os.fstat(weights_fd).st_size
+    if not nbytes:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(weights_fd, nbytes, prot=mmap.PROT_READ), dtype=torch.uint8)

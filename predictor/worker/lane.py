@@ -1,0 +1,175 @@
+"""The lane process: one SM cap on one device, one batch at a time. Receive, run, report.
+
+Owns the process, its two channels and its three threads: the main thread serves the run channel, a second copies weights, a third makes attached
+functions ready. It obeys the agent and decides nothing; when the agent goes, so does it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+import torch
+
+from contracts.channel import Channel
+from contracts.errors import ProtocolError
+from contracts.lane_page import LanePage
+from contracts.wire import (
+    Attach,
+    BatchPaused,
+    Copy,
+    CopyGrant,
+    Detach,
+    LaneReady,
+    MapSegment,
+    Message,
+    Resume,
+    Run,
+    Spawn,
+    ToLaneCopy,
+    ToLaneRun,
+    UnmapSegment,
+)
+from predictor.worker.devices import open_device
+from predictor.worker.executor import Executor
+from predictor.worker.functions import Functions
+from predictor.worker.memory import ActivationBound
+from predictor.worker.segments import Segments
+from predictor.worker.swap import SwapEngine, Transfer
+
+_SWITCH_INTERVAL_S = 0.0005
+
+
+class Lane:
+    """A lane as its Spawn describes it, on the descriptors that came along: run channel, copy channel, slab, lane page."""
+
+    def __init__(self, spawn: Spawn, fds: list[int]) -> None:
+        run_fd, copy_fd, slab_fd, page_fd = fds
+        self._spawn = spawn
+        self._runs = Channel(socket.socket(fileno=run_fd), ToLaneRun)
+        self._copies = Channel(socket.socket(fileno=copy_fd), ToLaneCopy)
+        self._copies_lock = threading.Lock()
+        self._idle = False
+        self._draining = False
+        device = open_device(spawn, slab_fd)
+        bound = ActivationBound(spawn.activation_bytes)
+        self._segments = Segments()
+        self._functions = Functions(device, bound, self._report)
+        self._swap = SwapEngine(device, self._report)
+        self._executor = Executor(device, self._functions, self._segments, bound, LanePage(page_fd), self._pause)
+        os.close(slab_fd)
+        os.close(page_fd)
+
+    def serve(self) -> NoReturn:
+        """Serves until the agent goes, or until SIGTERM and the end of the batch in hand."""
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        torch.set_num_threads(self._spawn.threads)
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        for work in (self._serve_copies, self._functions.serve):
+            threading.Thread(target=_or_exit, args=(work,), daemon=True).start()
+        self._runs.send(LaneReady(self._spawn.lane, os.getpid(), self._spawn.sm_percent))
+        while True:
+            message, fds = self._receive()
+            match message:
+                case Run():
+                    self._runs.send(self._executor.run(message))
+                case Resume():
+                    pass
+                case _:
+                    self._map(message, fds)
+
+    def _map(self, message: Message, fds: list[int]) -> None:
+        match message:
+            case MapSegment(segment=segment, nbytes=nbytes):
+                self._segments.map(segment, fds[0], nbytes)
+            case UnmapSegment(segment=segment):
+                self._segments.unmap(segment)
+            case _:
+                raise ProtocolError(f"a {type(message).__name__} came while a batch was paused")
+
+    def _pause(self, batch: int, gpu_ns: int) -> None:
+        """Stands still with a batch in hand until it is resumed."""
+        self._runs.send(BatchPaused(batch, gpu_ns))
+        while True:
+            received = self._runs.receive()
+            if received is None:
+                os._exit(0)
+            if isinstance(received[0], Resume):
+                return
+            self._map(*received)
+
+    def _serve_copies(self) -> None:
+        """The copy thread: one message after another, each to its end."""
+        torch.set_num_threads(1)
+        while (received := self._copies.receive()) is not None:
+            message, fds = received
+            match message:
+                case Attach(function=name):
+                    self._detach(name)
+                    self._functions.attach(message, fds[0])
+                case Detach(function=name):
+                    self._detach(name)
+                case Copy(copy=copy, function=name, offset=offset, until_bytes=until):
+                    self._begin(copy, name, offset)
+                    self._swap.advance(copy, until)
+                case CopyGrant(copy=copy, until_bytes=until):
+                    self._swap.advance(copy, until)
+        os._exit(0)
+
+    def _begin(self, copy: int, name: str, offset: int) -> None:
+        function = self._functions.find(name)
+        if function.transfer is not None:
+            self._swap.cancel(function.transfer)
+        transfer = Transfer(copy, function.weights, offset)
+        self._swap.begin(transfer)
+        self._functions.started(function, transfer)
+
+    def _detach(self, name: str) -> None:
+        function = self._functions.detach(name)
+        if function is not None and function.transfer is not None:
+            self._swap.cancel(function.transfer)
+
+    def _report(self, message: Message) -> None:
+        """Sends on the copy channel, for the copy thread and the background thread."""
+        with self._copies_lock:
+            self._copies.send(message)
+
+    def _receive(self) -> tuple[Message, list[int]]:
+        """The next message while no batch is in hand; ends the process when the agent has gone, or on SIGTERM."""
+        self._idle = True
+        if self._draining:
+            os._exit(0)
+        received = self._runs.receive()
+        self._idle = False
+        if received is None:
+            os._exit(0)
+        return received
+
+    def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
+        self._draining = True
+        if self._idle:
+            os._exit(0)
+
+
+def serve(spawn: Spawn, fds: list[int]) -> NoReturn:
+    """Makes this process a lane and never returns."""
+    _or_exit(lambda: Lane(spawn, fds).serve())
+
+
+def _or_exit(work: Callable[[], object]) -> NoReturn:
+    """Runs a thread's work. Its end, or any error that it lets through, ends the whole lane: the agent sees EOF and replaces it."""
+    try:
+        work()
+    except (BrokenPipeError, ConnectionResetError):
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)

@@ -1,0 +1,110 @@
+"""The predictors' shared memory as this lane maps it: inputs are read where they lie, outputs are written where their room was reserved.
+
+Owns the mappings. Never allocates in a segment, and never copies an input of a single request.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections.abc import Mapping
+
+import torch
+
+from contracts.errors import ExecutionError, InvalidTensor
+from contracts.wire import Part, TensorRef
+
+_DTYPES: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "UINT8": torch.uint8,
+    "UINT16": torch.uint16,
+    "UINT32": torch.uint32,
+    "UINT64": torch.uint64,
+    "INT8": torch.int8,
+    "INT16": torch.int16,
+    "INT32": torch.int32,
+    "INT64": torch.int64,
+    "FP16": torch.float16,
+    "FP32": torch.float32,
+    "FP64": torch.float64,
+    "BF16": torch.bfloat16,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ALIGNMENT = 64
+"""torch's own allocator aligns so; kernels may add in another order on memory that is not, so such an input is copied."""
+
+
+class Segments:
+    """The mapped segments by number."""
+
+    def __init__(self) -> None:
+        self._maps: dict[int, mmap.mmap] = {}
+
+    def map(self, segment: int, fd: int, nbytes: int) -> None:
+        """Maps a segment and closes its descriptor."""
+        try:
+            self._maps[segment] = mmap.mmap(fd, nbytes)
+        finally:
+            os.close(fd)
+
+    def unmap(self, segment: int) -> None:
+        """Forgets a segment; its memory goes with the last tensor that lies in it."""
+        self._maps.pop(segment, None)
+
+    def inputs(self, segment: int, parts: tuple[Part, ...]) -> dict[str, torch.Tensor]:
+        """Input name -> tensor: the caller's memory for one part, the rows of all parts in their order for several."""
+        mapped = self._find(segment)
+        first = {ref.name: _aligned(_tensor(mapped, ref)) for ref in parts[0].inputs}
+        if len(parts) == 1:
+            return first
+        joined = {name: [tensor] for name, tensor in first.items()}
+        for part in parts[1:]:
+            for ref in part.inputs:
+                joined[ref.name].append(_tensor(mapped, ref))
+        return {name: torch.cat(tensors) for name, tensors in joined.items()}
+
+    def write(self, segment: int, parts: tuple[Part, ...], outputs: Mapping[str, torch.Tensor]) -> None:
+        """Writes each part's rows of the outputs where they were reserved; ExecutionError names an output that does not fit."""
+        mapped = self._find(segment)
+        rows = sum(part.rows for part in parts)
+        row = 0
+        for part in parts:
+            for ref in part.outputs:
+                result = outputs.get(ref.name)
+                if result is None:
+                    raise ExecutionError(f"the model gave no output {ref.name!r}, only {', '.join(outputs)}")
+                if len(parts) > 1:
+                    if not result.ndim or result.shape[0] != rows:
+                        raise ExecutionError(f"output {ref.name!r} has shape {list(result.shape)}, not {rows} rows as its inputs")
+                    result = result[row : row + part.rows]
+                _write(_tensor(mapped, ref), ref, result)
+            row += part.rows
+
+    def _find(self, segment: int) -> mmap.mmap:
+        mapped = self._maps.get(segment)
+        if mapped is None:
+            raise ExecutionError(f"segment {segment} is not mapped: its predictor has gone")
+        return mapped
+
+
+def _tensor(mapped: mmap.mmap, ref: TensorRef) -> torch.Tensor:
+    """The tensor that lies at a reference; InvalidTensor if it cannot lie there."""
+    dtype = _DTYPES.get(ref.dtype)
+    count = math.prod(ref.shape)
+    if dtype is None or ref.nbytes != count * dtype.itemsize or not 0 <= ref.offset <= len(mapped) - ref.nbytes:
+        raise InvalidTensor(f"does not lie in its segment of {len(mapped)} bytes", key=ref.name, value=ref)
+    if not count:
+        return torch.empty(ref.shape, dtype=dtype)
+    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=ref.offset).view(ref.shape)
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
+
+
+def _write(place: torch.Tensor, ref: TensorRef, result: torch.Tensor) -> None:
+    if result.shape != place.shape or result.dtype != place.dtype:
+        got = f"{_NAMES.get(result.dtype, result.dtype)} {list(result.shape)}"
+        raise ExecutionError(f"output {ref.name!r} is {got}, but room was reserved for {ref.dtype} {list(ref.shape)}")
+    place.copy_(result)

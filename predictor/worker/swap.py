@@ -1,0 +1,107 @@
+"""The swap engine: copies weights into the slab as far as they are granted, and lets a run wait for the part that it needs next.
+
+`SwapEngine` belongs to the copy thread; a `Transfer` is the one thing that the copy thread and the executor share. Grants come from the agent, which
+alone decides which copy goes on; the engine only ever copies what is granted, in the order in which it was granted.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections.abc import Callable
+
+import torch
+
+from contracts.errors import ExecutionError, ProtocolError
+from contracts.units import MIB
+from contracts.wire import CopyProgress
+from predictor.worker.devices.base import Device, Event
+
+_REPORT_BYTES = 8 * MIB
+
+
+class Transfer:
+    """One copy of a function's weights to a place in the slab. `arrived` only grows; a run compares it at every gate, without a lock."""
+
+    __slots__ = ("_ends", "_events", "_moved", "arrived", "cancelled", "copy", "issued", "offset", "reported", "weights")
+
+    def __init__(self, copy: int, weights: torch.Tensor, offset: int) -> None:
+        self.copy = copy
+        self.weights = weights
+        self.offset = offset
+        self.issued = 0
+        self.arrived = 0
+        self.reported = 0
+        self.cancelled = False
+        self._ends: list[int] = []
+        self._events: list[Event] = []
+        self._moved = threading.Condition()
+
+    @property
+    def complete(self) -> bool:
+        """All bytes have arrived."""
+        return self.arrived == self.weights.numel()
+
+    def publish(self, end: int, event: Event) -> None:
+        """The bytes up to `end` are on their way; they have arrived once `event` has passed."""
+        with self._moved:
+            self._ends.append(end)
+            self._events.append(event)
+            self.issued = end
+            if event.passed():
+                self.arrived = end
+            self._moved.notify_all()
+
+    def cancel(self) -> None:
+        """It will not go on; whoever waits for it is told."""
+        with self._moved:
+            self.cancelled = True
+            self._moved.notify_all()
+
+    def hold(self, need_bytes: int) -> None:
+        """Lets compute go on only after the first `need_bytes` have arrived; ExecutionError if they never will."""
+        with self._moved:
+            self._moved.wait_for(lambda: self.issued >= need_bytes or self.cancelled)
+            if self.issued < need_bytes:
+                raise ExecutionError(f"the copy of the weights was given up after {self.issued} of {need_bytes} bytes")
+            event = self._events[bisect_left(self._ends, need_bytes)]
+        event.hold_compute()
+
+
+class SwapEngine:
+    """The copies of one lane; `report` sends CopyProgress to the agent."""
+
+    def __init__(self, device: Device, report: Callable[[CopyProgress], None]) -> None:
+        self._device = device
+        self._report = report
+        self._transfers: dict[int, Transfer] = {}
+
+    def begin(self, transfer: Transfer) -> None:
+        """Takes up a copy; nothing moves before `advance`."""
+        end = transfer.offset + transfer.weights.numel()
+        if transfer.offset < 0 or end > self._device.slab.numel():
+            raise ProtocolError(f"copy {transfer.copy} would end at {end}, outside the slab of {self._device.slab.numel()} bytes")
+        self._transfers[transfer.copy] = transfer
+
+    def cancel(self, transfer: Transfer) -> None:
+        """Gives a copy up; one that is complete stays as it is."""
+        self._transfers.pop(transfer.copy, None)
+        transfer.cancel()
+
+    def advance(self, copy: int, until_bytes: int) -> None:
+        """Copies up to `until_bytes`, piece by piece, and reports. A grant for a copy that was given up is ignored: it crossed the news."""
+        transfer = self._transfers.get(copy)
+        if transfer is None:
+            return
+        until = min(until_bytes, transfer.weights.numel())
+        while transfer.issued < until:
+            start = transfer.issued
+            end = min(start + self._device.piece_bytes, until)
+            event = self._device.copy(transfer.weights, start, end, transfer.offset)
+            transfer.publish(end, event)
+            if end == until or end - transfer.reported >= _REPORT_BYTES:
+                event.wait()
+                transfer.arrived = transfer.reported = end
+                self._report(CopyProgress(copy, end))
+        if transfer.complete:
+            del self._transfers[copy]

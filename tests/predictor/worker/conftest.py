@@ -1,0 +1,226 @@
+"""The agent's side of a lane, played over the real fork server, real lanes and real socketpairs."""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from contracts.artifact import WeightIndex
+from contracts.channel import Channel
+from contracts.functions import FunctionClass
+from contracts.lane_page import LanePage
+from contracts.units import MIB
+from contracts.wire import (
+    Attach,
+    Attached,
+    BatchDone,
+    Copy,
+    CopyGrant,
+    CopyProgress,
+    FromLaneCopy,
+    FromLaneRun,
+    LaneReady,
+    MapSegment,
+    Message,
+    Part,
+    Run,
+    Spawn,
+    TensorRef,
+)
+
+ROOT = Path(__file__).parents[3]
+PATIENCE_S = 60.0
+OIP = {"float32": "FP32", "int64": "INT64", "float64": "FP64", "bool": "BOOL"}
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass
+class Stored:
+    """A model in the host store, and the answer it must give."""
+
+    index: WeightIndex
+    path: Path
+    reference: Callable[[Arrays], dict[str, np.ndarray]]
+
+
+@dataclass
+class Batch:
+    """A Run and where its outputs will lie."""
+
+    run: Run
+    segment: mmap.mmap
+
+    def outputs(self, part: int = 0) -> dict[str, np.ndarray]:
+        dtypes = {oip: name for name, oip in OIP.items()}
+        found = {}
+        for ref in self.run.parts[part].outputs:
+            raw = self.segment[ref.offset : ref.offset + ref.nbytes]
+            found[ref.name] = np.frombuffer(raw, dtype=dtypes[ref.dtype]).reshape(ref.shape)
+        return found
+
+
+@dataclass
+class LaneEnd:
+    """The agent's end of one lane."""
+
+    runs: Channel
+    copies: Channel
+    page: LanePage
+    slab: mmap.mmap
+    pid: int = 0
+    _batches: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    _copies: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    def next_run(self) -> Message:
+        received = self.runs.receive()
+        assert received is not None, "the lane has gone"
+        return received[0]
+
+    def next_copy(self) -> Message:
+        received = self.copies.receive()
+        assert received is not None, "the lane has gone"
+        return received[0]
+
+    def send_attach(self, name: str, model: Stored) -> None:
+        with model.path.open("rb") as weights:
+            self.copies.send(Attach(name, msgspec.json.encode(model.index), str(model.path.parent)), [weights.fileno()])
+
+    def attach(self, name: str, model: Stored) -> None:
+        self.send_attach(name, model)
+        assert self.next_copy() == Attached(name)
+
+    def begin_copy(self, name: str, offset: int, until: int) -> int:
+        copy = next(self._copies)
+        self.copies.send(Copy(copy, name, offset, until))
+        return copy
+
+    def until_copied(self, copy: int, nbytes: int) -> None:
+        while True:
+            message = self.next_copy()
+            assert isinstance(message, CopyProgress)
+            assert message.copy == copy
+            if message.copied_bytes == nbytes:
+                return
+
+    def load(self, name: str, model: Stored, offset: int) -> None:
+        """Attaches and copies all, in two grants."""
+        self.attach(name, model)
+        total = model.index.total_bytes
+        copy = self.begin_copy(name, offset, total // 2)
+        self.copies.send(CopyGrant(copy, total))
+        self.until_copied(copy, total)
+
+    def map(self, segment: int = 1, nbytes: int = 16 * MIB) -> mmap.mmap:
+        fd = os.memfd_create("test-segment", os.MFD_CLOEXEC)
+        os.ftruncate(fd, nbytes)
+        self.runs.send(MapSegment(segment, nbytes), [fd])
+        mapped = mmap.mmap(fd, nbytes)
+        os.close(fd)
+        return mapped
+
+    def batch(self, name: str, model: Stored, parts: Sequence[Arrays], memory: mmap.mmap, offset: int = 0, **run: int | bool) -> Batch:
+        """Places a batch's inputs and reserves its outputs, as a predictor does."""
+        end = 0
+
+        def place(tensor_name: str, dtype: str, shape: Sequence[int], nbytes: int) -> TensorRef:
+            nonlocal end
+            ref = TensorRef(tensor_name, dtype, tuple(shape), end, nbytes)
+            end = -(-(end + nbytes) // 64) * 64
+            return ref
+
+        placed = []
+        for arrays in parts:
+            inputs = []
+            for tensor_name, array in arrays.items():
+                ref = place(tensor_name, OIP[str(array.dtype)], array.shape, array.nbytes)
+                memory[ref.offset : ref.offset + ref.nbytes] = array.tobytes()
+                inputs.append(ref)
+            sizes = model.index.signature.bind({ref.name: (ref.dtype, ref.shape) for ref in inputs})
+            outputs = [place(spec.name, spec.dtype, shape, nbytes) for spec, shape, nbytes in model.index.signature.output_shapes(sizes)]
+            placed.append(Part(sizes.get("batch", 1), tuple(inputs), tuple(outputs)))
+        fields = {"copy": 0, "preemptible": False, "segment": 1} | run
+        return Batch(Run(batch=next(self._batches), function=name, offset=offset, parts=tuple(placed), **fields), memory)  # type: ignore[arg-type]
+
+    def submit(self, batch: Batch) -> None:
+        self.runs.send(batch.run)
+
+    def answer(self, batch: Batch) -> BatchDone:
+        self.submit(batch)
+        done = self.next_run()
+        assert isinstance(done, BatchDone)
+        assert done.batch == batch.run.batch
+        return done
+
+    def close(self) -> None:
+        self.runs.close()
+        self.copies.close()
+
+
+class ForkServer:
+    """The real fork server on a socketpair."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "predictor.worker", "--socket", str(theirs.fileno())]
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=ROOT)
+        theirs.close()
+        self.channel = Channel(ours, Message)
+        self.ends: list[LaneEnd] = []
+
+    def spawn(self, **changes: object) -> LaneEnd:
+        """A lane that is ready."""
+        spawn = Spawn(1, "cpu:0", 100, FunctionClass.LATENCY_SENSITIVE, 64 * MIB, threads=1, link_bytes_per_s=0, activation_bytes=0)
+        spawn = msgspec.structs.replace(spawn, **changes)
+        ends = [socket.socketpair() for _ in range(2)]
+        slab_fd = os.memfd_create("test-slab", os.MFD_CLOEXEC)
+        os.posix_fallocate(slab_fd, 0, spawn.slab_bytes)
+        page_fd = LanePage.create()
+        self.channel.send(spawn, [ends[0][1].fileno(), ends[1][1].fileno(), slab_fd, page_fd])
+        for ours, theirs in ends:
+            ours.settimeout(PATIENCE_S)
+            theirs.close()
+        end = LaneEnd(Channel(ends[0][0], FromLaneRun), Channel(ends[1][0], FromLaneCopy), LanePage(page_fd), mmap.mmap(slab_fd, spawn.slab_bytes))
+        os.close(slab_fd)
+        os.close(page_fd)
+        self.ends.append(end)
+        ready = end.next_run()
+        assert isinstance(ready, LaneReady)
+        assert (ready.lane, ready.sm_percent) == (spawn.lane, spawn.sm_percent)
+        end.pid = ready.pid
+        return end
+
+    def close_lanes(self) -> None:
+        while self.ends:
+            self.ends.pop().close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    server = ForkServer()
+    yield server
+    server.close_lanes()
+    server.channel.close()
+    assert server.process.wait(PATIENCE_S) == 0
+
+
+@pytest.fixture
+def spawn(server: ForkServer) -> Iterator[Callable[..., LaneEnd]]:
+    """Makes lanes; they end with the test."""
+    yield server.spawn
+    server.close_lanes()
+
+
+@pytest.fixture
+def lane(spawn: Callable[..., LaneEnd]) -> LaneEnd:
+    return spawn()
