@@ -6,6 +6,7 @@ connection and the listening socket without a word, as a killed agent does; `sta
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import socket
@@ -106,7 +107,8 @@ class FakeAgent:
             self._changed.notify_all()
         for sock in (self._listener, self._socket):
             if sock is not None:
-                sock.shutdown(socket.SHUT_RDWR)
+                with contextlib.suppress(OSError):  # the front has gone first
+                    sock.shutdown(socket.SHUT_RDWR)
         assert self._thread is not None
         assert self._worker is not None
         self._thread.join()
