@@ -16,10 +16,10 @@ from contracts.errors import NotFound, SluiceError
 from contracts.functions import Share
 from contracts.units import parse_bytes
 from contracts.wire import FunctionStatus, NodeStatus, SetShare
-from sluice import control, doctor, status, up
+from sluice import control, doctor, status
 from sluice.documents import read_functions
 from sluice.plan import Plan, default_device_memory, default_host_memory, default_run_dir
-from sluice.predictors import free_port
+from sluice.ports import free_port
 
 
 def _bytes(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
@@ -130,6 +130,9 @@ def up_command(
 
     A FILE holds InferenceService documents, as for a cluster. Without --demo, a function that cannot be loaded is reported and the others are served.
     """
+    # Imported here: what it needs takes half a second, which `sluice status` should not wait for.
+    from sluice import up
+
     plan = Plan(
         functions=tuple(read_functions(files)),
         run_dir=(run_dir or default_run_dir()).absolute(),

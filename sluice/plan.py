@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contracts.functions import Function
+from sluice.ports import authority
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Plan:
     @property
     def url(self) -> str:
         """Where requests go."""
-        return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
+        return f"http://{authority(self.host)}:{self.port}"
 
     def agent_arguments(self) -> list[str]:
         """The node agent's command line, without the interpreter."""

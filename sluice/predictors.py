@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import aiohttp
 
 from contracts.errors import SluiceError, Unavailable
 from sluice.control import Client
+from sluice.ports import authority
 from sluice.processes import Child, describe_exit
 
 READY_TIMEOUT_S = 60.0
@@ -46,7 +46,7 @@ class Predictor:
     def __init__(self, options: PredictorOptions, port: int, functions: tuple[str, ...] = (), name: str = "predictor") -> None:
         """Starts it; OSError when it cannot be started."""
         self.functions = functions
-        self.url = f"http://{_authority(options.host)}:{port}"
+        self.url = f"http://{authority(options.host)}:{port}"
         self.child = Child(name, options.argv(port), options.on_line)
 
     async def grant(self, client: Client) -> None:
@@ -80,29 +80,3 @@ def last_words(child: Child) -> str:
     """The last lines that a process printed, for a message."""
     lines = [line for line in child.tail if line.strip()]
     return " | ".join(lines[-3:]) if lines else "it printed nothing"
-
-
-def check_port(host: str, port: int) -> None:
-    """SluiceError when nobody could listen on this port."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind((host, port))
-        except OSError as error:
-            raise SluiceError(
-                f"cannot listen on {_authority(host)}:{port}: {error.strerror or error}. Free it, or name another with --port"
-            ) from None
-
-
-def free_port(host: str) -> int:
-    """A port that nobody uses now."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
-def _authority(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

@@ -19,7 +19,8 @@ from contracts.errors import SluiceError, Unavailable
 from contracts.functions import Function
 from sluice.control import Client
 from sluice.fronts import Pauses
-from sluice.predictors import STOP_GRACE_S, Predictor, PredictorOptions, free_port
+from sluice.ports import free_port
+from sluice.predictors import STOP_GRACE_S, Predictor, PredictorOptions
 
 START_HEADER = "Sluice-Start-Ms"
 INSTANCE_HEADER = "Sluice-Instance"

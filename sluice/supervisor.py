@@ -19,7 +19,8 @@ from contracts.functions import Function
 from sluice.control import Client
 from sluice.fronts import Front, Pauses, SharedFront
 from sluice.plan import Plan
-from sluice.predictors import PredictorOptions, check_port, last_words
+from sluice.ports import check_port
+from sluice.predictors import PredictorOptions, last_words
 from sluice.processes import Child, describe_exit
 from sluice.router import Router
 from sluice.rundir import RunDir

@@ -42,8 +42,8 @@ def check_answers(folder: Path, task: Task) -> Iterator[Result]:
         samples, given = _grouped(dict(inputs)), _grouped(dict(answers))
     for batch in batches:
         members = [samples[sample] for sample in batch.samples]
-        joined = {name: np.concatenate([member[name] for member in members]) for name in members[0]}
-        expected = model.run(joined)
+        joined = {name: torch.from_numpy(np.concatenate([member[name] for member in members])) for name in members[0]}
+        expected = {name: tensor.numpy() for name, tensor in model.run(joined).items()}
         yield _compare(task.function, batch, expected, [given[request] for request in batch.requests])
 
 

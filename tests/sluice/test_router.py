@@ -15,7 +15,8 @@ import pytest_asyncio
 from contracts.functions import Function, ModelFormat, ModelRef
 from contracts.wire import Grant
 from sluice.control import Client
-from sluice.predictors import PredictorOptions, free_port
+from sluice.ports import free_port
+from sluice.predictors import PredictorOptions
 from sluice.router import START_HEADER, Router
 
 FUNCTIONS = tuple(Function(name=name, model=ModelRef(ModelFormat.CATALOG, "mlp")) for name in ("a", "b"))
