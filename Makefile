@@ -1,5 +1,5 @@
 # Every target makes .venv itself when it is missing or out of date (scripts/venv).
-DEVICE_MEMORY ?= 256Mi
+DEVICE_MEMORY ?= 640Mi
 FUNCTIONS ?= examples/functions.yaml
 NAME ?= node
 
