@@ -25,10 +25,10 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """Attention over [batch, seq, width] tensors, split into heads; `mask` is added to the scores."""
-    split = [tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (query, key, value)]
-    attended = functional.scaled_dot_product_attention(*split, attn_mask=mask, is_causal=causal)
+def _attend(projected: tuple[Tensor, ...], heads: int, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Attention over (query, key, value), each [batch, seq, width], split into heads; `mask` is added to the scores."""
+    query, key, value = (tensor.view(*tensor.shape[:2], heads, -1).transpose(1, 2) for tensor in projected)
+    attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
     return attended.transpose(1, 2).flatten(2)
 
 
@@ -79,7 +79,7 @@ class _BertLayer(nn.Module):
         self.heads, self.activation = config.num_attention_heads, _ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        x = self.attention["output"](_attend(*self.attention["self"](x), self.heads, mask), x)
+        x = self.attention["output"](_attend(self.attention["self"](x), self.heads, mask), x)
         return cast(Tensor, self.output(self.activation(self.intermediate(x)), x))
 
 
@@ -98,7 +98,7 @@ class _BertEmbeddings(nn.Module):
 
 
 class Bert(nn.Module):
-    """Input ids and attention mask, both [batch, seq] -> embedding [batch, hidden_size]."""
+    """The encoder, and then the pooler or the mean over the tokens."""
 
     def __init__(self, config: catalogue.Bert) -> None:
         super().__init__()
@@ -108,6 +108,7 @@ class Bert(nn.Module):
         self.pooler = _Dense(config.hidden_size, config.hidden_size) if config.output == "pooled" else None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Input ids and attention mask [batch, seq] -> embedding [batch, hidden_size]."""
         _check_tokens(input_ids, self.config.vocab_size, self.config.max_position_embeddings)
         x = self.embeddings(input_ids)
         present = attention_mask.ne(0)
@@ -145,12 +146,12 @@ class _VitLayer(nn.Module):
         self.heads, self.activation = config.num_attention_heads, _ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention["output"](_attend(*self.attention["attention"](self.layernorm_before(x)), self.heads))
+        x = x + self.attention["output"](_attend(self.attention["attention"](self.layernorm_before(x)), self.heads))
         return x + cast(Tensor, self.output(self.activation(self.intermediate(self.layernorm_after(x)))))
 
 
 class Vit(nn.Module):
-    """Image [batch, channels, size, size] -> embedding [batch, hidden_size], the class token after the last layer."""
+    """The embedding is the class token after the last layer."""
 
     def __init__(self, config: catalogue.Vit) -> None:
         super().__init__()
@@ -159,6 +160,7 @@ class Vit(nn.Module):
         self.layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, image: Tensor) -> Tensor:
+        """Image [batch, channels, size, size] -> embedding [batch, hidden_size]."""
         x = self.embeddings(image)
         for layer in cast(nn.ModuleList, self.encoder["layer"]):
             x = layer(x)
@@ -174,7 +176,7 @@ class _Conv1d(nn.Module):
         self.bias = nn.Parameter(torch.empty(after))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x.flatten(0, 1), self.weight).unflatten(0, x.shape[:2])
+        return torch.addmm(self.bias, x.flatten(0, 1), self.weight).view(*x.shape[:2], -1)
 
 
 class _GptLayer(nn.Module):
@@ -187,13 +189,12 @@ class _GptLayer(nn.Module):
         self.heads, self.activation = config.n_head, _ACTIVATIONS[config.activation_function]
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.attn["c_attn"](self.ln_1(x)).chunk(3, -1)
-        x = x + self.attn["c_proj"](_attend(query, key, value, self.heads, causal=True))
+        x = x + self.attn["c_proj"](_attend(self.attn["c_attn"](self.ln_1(x)).chunk(3, -1), self.heads, causal=True))
         return x + cast(Tensor, self.mlp["c_proj"](self.activation(self.mlp["c_fc"](self.ln_2(x)))))
 
 
 class Gpt2(nn.Module):
-    """Input ids [batch, seq] -> logits of the next token [batch, vocab_size]; the head is the word embedding."""
+    """The head is the word embedding; only the last position goes through it."""
 
     def __init__(self, config: catalogue.Gpt2) -> None:
         super().__init__()
@@ -203,6 +204,7 @@ class Gpt2(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        """Input ids [batch, seq] -> logits of the next token [batch, vocab_size]."""
         _check_tokens(input_ids, self.config.vocab_size, self.config.n_positions)
         x = self.wte(input_ids) + self.wpe(torch.arange(input_ids.shape[1], device=input_ids.device))
         for layer in self.h:

@@ -1,7 +1,7 @@
 """Serves torch.export programs (.pt2) by running their graph directly: no generated code, no eval, no pickle.
 
-torch.export.load (2.13) evaluates shape expressions as Python, resolves call targets by attribute anywhere under `torch`, generates source from names in
-the file, executes its guards, and unpickles sample inputs and custom objects: it must not see a file from outside. This module reads the same
+torch.export.load (2.13) evaluates shape expressions as Python, resolves call targets by attribute anywhere under `torch`, generates source from names
+in the file, executes its guards, and unpickles sample inputs and custom objects: it must not see a file from outside. This module reads the same
 archive as data, calls nothing but operators of the aten namespace, and cuts the graph into segments by first use of weights.
 """
 
@@ -24,9 +24,8 @@ from models.archive import Archive, reading
 
 _ATEN = re.compile(r"torch\.ops\.aten\.(\w+)\.(\w+)")
 _REFUSED = frozenset(("from_file", "_print", "set_", "set", "resize_", "_cudnn_init_dropout_state"))
-_ARITHMETIC = {
-    f"_operator.{name}": getattr(operator, name) for name in "add sub mul floordiv truediv mod neg eq ne lt le gt ge and_ or_ not_".split()
-}
+_OPERATORS = ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_")
+_ARITHMETIC = {f"_operator.{name}": getattr(operator, name) for name in _OPERATORS}
 _ARITHMETIC |= {f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc")}
 _ARITHMETIC |= {f"torch.{name}": getattr(torch, name) for name in ("sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite")}
 _DTYPES = {
@@ -80,6 +79,7 @@ class Segment(nn.Module):
         self.steps = steps
 
     def forward(self, values: dict[str, Any], device: torch.device) -> None:
+        """Runs the calls over the values so far, and adds theirs."""
         for step in self.steps:
             result = step.call(*_resolve(step.args, values, device), **_resolve_named(step.kwargs, values, device))
             if step.parts:
@@ -91,7 +91,7 @@ class Segment(nn.Module):
 
 
 class ExportedModule(nn.Module):
-    """An exported program as a module: input tensors in the signature's order -> output tensors. `weights` maps names to tensors."""
+    """An exported program as a module; `weights` maps names to tensors."""
 
     def __init__(self, program: schema.Stripped) -> None:
         super().__init__()
@@ -106,6 +106,7 @@ class ExportedModule(nn.Module):
         ]
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Input tensors in the signature's order -> output tensors; InvalidTensor when a size lies outside the program's ranges."""
         for position, axis, dim, limits in self._dims:
             size = inputs[position].shape[axis]
             if size < (limits.min_val or 0) or (limits.max_val is not None and size > limits.max_val):
@@ -124,18 +125,13 @@ def read(path: Path) -> tuple[schema.Stripped, dict[str, Tensor]]:
     archive = Archive(path)
     try:
         with reading(path):
-            models = [name for name in archive.names() if re.fullmatch(r"models/\w+\.json", name)]
-            if len(models) != 1 or archive.read("archive_format") != b"pt2":
-                raise InvalidArtifact("is no archive of one exported program", key="model", value=str(path))
-            name = models[0].removeprefix("models/").removesuffix(".json")
-            program = msgspec.json.decode(archive.read(models[0]), type=schema.ExportedProgram)
-            schema.check(program)
-            payloads = {}
+            name, program = schema.read(archive, path)
+            payloads: dict[str, tuple[str, schema.Payload]] = {}
             for folder, kind in (("data/weights/", "weights"), ("data/constants/", "constants")):
                 config = msgspec.json.decode(archive.read(f"{folder}{name}_{kind}_config.json"), type=schema.PayloadConfig)
                 payloads |= {weight: (folder, payload) for weight, payload in config.config.items()}
             tensors, first = _weights(archive, payloads)
-            stripped = _strip(program, first)
+            stripped = schema.strip(program, first)
             ExportedModule(stripped)
             used = {place.weight for place in stripped.places}
             return stripped, {weight: tensor for weight, tensor in tensors.items() if weight in used}
@@ -170,33 +166,10 @@ def _weights(archive: Archive, payloads: Mapping[str, tuple[str, schema.Payload]
             continue
         if record not in records:
             records[record] = torch.empty(archive.size(record), dtype=torch.uint8)
-            archive.read_into(record, memoryview(records[record].numpy()).cast("B") if archive.size(record) else memoryview(b""))
+            archive.read_into(record, memoryview(records[record].numpy()))  # type: ignore[arg-type]
         flat = records[record].view(dtype)
         tensors[weight] = torch.as_strided(flat, place[2], place[3], place[4]).contiguous()
     return tensors, first
-
-
-def _strip(program: schema.ExportedProgram, first: Mapping[str, str]) -> schema.Stripped:
-    places: list[schema.Place] = []
-    constants: dict[str, bool | int | float | str | None] = {}
-    inputs: list[str] = []
-    keys = {"parameter": "parameter_name", "buffer": "buffer_name", "tensor_constant": "tensor_constant_name"}
-    for spec in program.graph_module.signature.input_specs:
-        kind, details = next(iter(spec.items()))
-        if kind in keys:
-            places.append(schema.Place(details["arg"]["name"], first[details[keys[kind]]]))
-        elif kind == "constant_input":
-            constants[details["name"]] = None if "as_none" in details["value"] else next(iter(details["value"].values()))
-        elif kind == "user_input" and "as_tensor" in details["arg"]:
-            inputs.append(details["arg"]["as_tensor"]["name"])
-        else:
-            raise InvalidArtifact("has an input that is no tensor", key="input_specs", value=kind)
-    outputs = [spec["user_output"]["arg"]["as_tensor"]["name"] for spec in program.graph_module.signature.output_specs]
-    names = schema.output_names(program, len(outputs))
-    if not inputs or not outputs:
-        raise InvalidArtifact("must take and give at least one tensor", key="input_specs", value=len(inputs))
-    signature, ranges = schema.signature(program, inputs, names, outputs)
-    return schema.Stripped(program.graph_module.graph, tuple(places), signature, tuple(inputs), tuple(outputs), constants, ranges)
 
 
 def _segments(program: schema.Stripped) -> list[list[Step]]:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,7 +33,7 @@ class _Recorder(TorchDispatchMode):
     """Notes which weights operators touch, as (name) in order of first use; `storages` maps a storage to the weights in it."""
 
     def __init__(self, storages: Mapping[int, list[str]], touched: Callable[[str], None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._storages = storages
         self._touched = touched
 
@@ -95,7 +94,7 @@ def _first_uses(module: nn.Module, weights: Mapping[str, Tensor], run: Callable[
             used.add(name)
             windows[-1][1].append(name)
 
-    with _hooked(module, [path for path, _ in module.named_modules() if path], enter), _Recorder(storages, touch):
+    with _Hooked(module, [path for path, _ in module.named_modules() if path], enter), _Recorder(storages, touch):
         run()
     return [(path, names) for path, names in windows if names or not path]
 
@@ -104,14 +103,14 @@ def _time(module: nn.Module, paths: Iterable[str], run: Callable[[], object]) ->
     """When a warm run first enters each submodule, and how long it takes, in ns."""
     run()
     at_ns: dict[str, int] = {}
-    with _hooked(module, paths, lambda path: at_ns.setdefault(path, time.perf_counter_ns())):
+    with _Hooked(module, paths, lambda path: at_ns.setdefault(path, time.perf_counter_ns())):
         start = time.perf_counter_ns()
         run()
         end = time.perf_counter_ns()
     return {path: at - start for path, at in at_ns.items()}, end - start
 
 
-class _hooked:
+class _Hooked:
     """While it is entered, calls `enter(path)` before each call of the submodules at `paths`."""
 
     def __init__(self, module: nn.Module, paths: Iterable[str], enter: Callable[[str], object]) -> None:

@@ -6,11 +6,9 @@ are interpreted, TorchScript is audited, safetensors holds numbers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
@@ -21,8 +19,8 @@ from torch import Tensor, nn
 from contracts.artifact import Program, Signature
 from contracts.errors import InvalidArtifact
 from contracts.functions import ModelFormat, ModelRef
-from models import catalogue, exported, networks, script, seeded
-from models.archive import locate, reading
+from models import catalogue, describe, exported, networks, script, seeded
+from models.archive import reading
 from models.program import Executable
 
 _TORCH_DTYPES = {
@@ -88,11 +86,11 @@ def load(ref: ModelRef) -> Loaded:
         case ModelFormat.CATALOG:
             return _from_catalogue(catalogue.parse(ref.source))
         case ModelFormat.SAFETENSORS:
-            return _from_safetensors(locate(ref.source))
+            return _from_safetensors(describe.model_file(ref))
         case ModelFormat.TORCH_EXPORT:
-            return _from_export(_file(locate(ref.source), "*.pt2"))
+            return _from_export(describe.model_file(ref))
         case ModelFormat.TORCHSCRIPT:
-            return _from_script(_file(locate(ref.source), "*.pt"))
+            return _from_script(describe.model_file(ref))
 
 
 def _from_catalogue(choice: catalogue.Choice) -> Loaded:
@@ -103,31 +101,9 @@ def _from_catalogue(choice: catalogue.Choice) -> Loaded:
     return _with_weights(module, choice.architecture, choice.config, choice.pretrained.path())
 
 
-def _from_safetensors(path: Path) -> Loaded:
-    file = _file(path, "*.safetensors")
-    described = file.with_name("config.json")
-    with reading(described):
-        described_by: Any = json.loads(described.read_bytes())
-        architecture, arguments = _described(described_by, described)
-    config = catalogue.configure(architecture, arguments, str(described))
+def _from_safetensors(file: Path) -> Loaded:
+    architecture, config = describe.architecture(file)
     return _with_weights(networks.construct(config), architecture, config, file)
-
-
-def _described(document: Any, path: Path) -> tuple[str, dict[str, object]]:
-    """(architecture, arguments) from a configuration of Sluice's own or of transformers'."""
-    if not isinstance(document, dict):
-        raise InvalidArtifact("must be a JSON object", key="model", value=str(path))
-    if "sluice_architecture" in document:
-        arguments = document.get("sluice_arguments", {})
-        if not isinstance(arguments, dict):
-            raise InvalidArtifact("sluice_arguments must be a JSON object", key="model", value=str(path))
-        return str(document["sluice_architecture"]), arguments
-    architecture = str(document.get("model_type"))
-    known = catalogue.ARCHITECTURES.get(architecture)
-    arguments = {key: document[key] for key in (known.__struct_fields__ if known else ()) if key in document}
-    if architecture == "bert" and path.with_name("modules.json").is_file():
-        arguments["output"] = "sentence"
-    return architecture, arguments
 
 
 def _with_weights(module: nn.Module, architecture: str, config: catalogue.Config, file: Path) -> Loaded:
@@ -148,7 +124,7 @@ def _with_weights(module: nn.Module, architecture: str, config: catalogue.Config
                         raise InvalidArtifact(
                             f"{name} must be {like.dtype} {list(like.shape)}, is {tensor.dtype} {list(tensor.shape)}", key="model", value=str(file)
                         )
-                    table[key] = tensor  # type: ignore[assignment]
+                    table[key] = tensor
     return _catalogued(module, architecture, config)
 
 
@@ -170,23 +146,10 @@ def _from_export(file: Path) -> Loaded:
 
 
 def _from_script(file: Path) -> Loaded:
-    module = script.read(file)
-    with reading(file):
-        payload = script.read(file).encode()
+    module = script.read(file, describe.script_signature(file))
+    payload = module.encode()
     return Loaded(Executable(module, module.signature), _program("torchscript", payload), payload)
 
 
 def _program(kind: str, payload: bytes) -> Program:
     return Program(kind, f"{blake3(payload).hexdigest()}.program")
-
-
-def _file(path: Path, pattern: str) -> Path:
-    """The model file: the path itself, or the one file in a folder that fits."""
-    if path.is_dir():
-        found = sorted(path.glob(pattern))
-        if len(found) != 1:
-            raise InvalidArtifact(f"must hold exactly one {pattern} file, holds {len(found)}", key="storageUri", value=str(path))
-        return found[0]
-    if not path.is_file():
-        raise InvalidArtifact("is no file", key="storageUri", value=str(path))
-    return path

@@ -7,6 +7,7 @@ it costs neither memory nor random numbers; `models.weights` and `models.seeded`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -20,33 +21,35 @@ _CONTEXT = 64
 
 
 class Mlp(nn.Module):
-    """Features [batch, features] -> scores [batch, classes]."""
+    """Linear layers and ReLU."""
 
     def __init__(self, config: catalogue.Mlp) -> None:
         super().__init__()
         widths = [config.features, *[config.width] * config.depth]
-        self.hidden = nn.ModuleList(nn.Linear(before, after) for before, after in zip(widths, widths[1:], strict=False))
+        self.hidden = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
         self.head = nn.Linear(config.width, config.classes)
 
     def forward(self, features: Tensor) -> Tensor:
+        """Features [batch, features] -> scores [batch, classes]."""
         for layer in self.hidden:
             features = functional.relu(layer(features))
         return cast(Tensor, self.head(features))
 
 
 class Cnn(nn.Module):
-    """Image [batch, 3, size, size] -> scores [batch, classes]."""
+    """Convolutions and ReLU, then the mean over the image."""
 
     def __init__(self, config: catalogue.Cnn) -> None:
         super().__init__()
         channels = [3, *(config.channels << step for step in range(config.depth))]
-        pairs = zip(channels, channels[1:], strict=False)
+        pairs = pairwise(channels)
         self.layers = nn.ModuleList(
             nn.Conv2d(before, after, 3, stride=1 if step == 0 else 2, padding=1) for step, (before, after) in enumerate(pairs)
         )
         self.head = nn.Linear(channels[-1], config.classes)
 
     def forward(self, image: Tensor) -> Tensor:
+        """Image [batch, 3, size, size] -> scores [batch, classes]."""
         for layer in self.layers:
             image = functional.relu(layer(image))
         return cast(Tensor, self.head(image.mean((2, 3))))
@@ -69,32 +72,35 @@ class _Bottleneck(nn.Module):
         return functional.relu(inner + (x if self.downsample is None else self.downsample(x)))
 
 
+def _stage(channels: int, width: int, blocks: int, stride: int) -> nn.Sequential:
+    rest = (_Bottleneck(width * 4, width, 1) for _ in range(blocks - 1))
+    return nn.Sequential(_Bottleneck(channels, width, stride), *rest)
+
+
 class ResNet50(nn.Module):
-    """Image [batch, 3, size, size] -> scores [batch, classes]; parameters named as torchvision names them."""
+    """Parameters are named as torchvision names them."""
 
     def __init__(self, config: catalogue.ResNet50) -> None:
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
-        channels = 64
-        for stage, (width, blocks) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3)), start=1):
-            layers = []
-            for block in range(blocks):
-                layers.append(_Bottleneck(channels, width, 2 if block == 0 and stage > 1 else 1))
-                channels = width * 4
-            setattr(self, f"layer{stage}", nn.Sequential(*layers))
-        self.fc = nn.Linear(channels, config.classes)
+        self.layer1 = _stage(64, 64, 3, 1)
+        self.layer2 = _stage(256, 128, 4, 2)
+        self.layer3 = _stage(512, 256, 6, 2)
+        self.layer4 = _stage(1024, 512, 3, 2)
+        self.fc = nn.Linear(2048, config.classes)
 
     def forward(self, image: Tensor) -> Tensor:
+        """Image [batch, 3, size, size] -> scores [batch, classes]."""
         x = functional.max_pool2d(functional.relu(self.bn1(self.conv1(image))), 3, 2, 1)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return cast(Tensor, self.fc(x.mean((2, 3))))
 
 
 class Silero(nn.Module):
-    """Audio [batch, chunks, 512] at 16 kHz -> probability of speech [batch, chunks].
+    """Silero VAD without state between calls.
 
     The published model is called chunk by chunk and keeps its state between calls; here the chunks of a recording go through the convolutions
-    together and the state lives in the loop, so that a call depends on nothing before it. Every chunk is preceded by the last 64 samples of the one before.
+    together and the state lives in the loop, so that a call depends on nothing before it. Each chunk follows the last 64 samples of the one before.
     """
 
     def __init__(self, config: catalogue.Silero) -> None:
@@ -108,6 +114,7 @@ class Silero(nn.Module):
         self.final_conv = nn.Conv1d(128, 1, 1)
 
     def forward(self, audio: Tensor) -> Tensor:
+        """Audio [batch, chunks, 512] at 16 kHz -> probability of speech [batch, chunks]."""
         batch, chunks, _ = audio.shape
         before = functional.pad(audio[:, :-1, -_CONTEXT:], (0, 0, 1, 0))
         windows = functional.pad(torch.cat((before, audio), -1).flatten(0, 1), (0, _CONTEXT), "reflect")

@@ -64,7 +64,7 @@ class Executable:
 
 
 def build(index: WeightIndex, store: Path) -> Executable:
-    """The executable of a model in the host store, its weights not yet bound and taking no memory; InvalidArtifact when the program file is broken."""
+    """The executable of a model in the host store, its weights not yet bound and taking no memory; InvalidArtifact when its program is broken."""
     program = index.program
     if program.kind == "catalog":
         with reading(store / f"{index.digest}.json"):

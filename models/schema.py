@@ -1,19 +1,22 @@
-"""The part of torch.export's file schema (major version 8) that serving needs, as typed values, and the checks that need no torch.
+"""The part of torch.export's file schema (major version 8) that serving needs, as typed values. Imports no torch.
 
-Owns the reading of a program's JSON: graph, signature, shapes. Stack traces, guards and module names are not read, so they can neither execute nor leak.
+Owns the reading of a program's JSON: graph, signature, shapes. Stack traces, guards and module names are not read, so they can neither
+execute nor leak.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from contracts.artifact import Signature, TensorSpec
 from contracts.errors import InvalidArtifact
+from models.archive import Archive
 
 MAJOR = 8
 Argument = dict[str, Any]
@@ -157,7 +160,42 @@ def number(size: dict[str, Any]) -> int:
     return value
 
 
-def check(program: ExportedProgram) -> None:
+def read(archive: Archive, path: Path) -> tuple[str, ExportedProgram]:
+    """The program of a .pt2 archive and the name it has there."""
+    models = [name for name in archive.names() if re.fullmatch(r"models/\w+\.json", name)]
+    if len(models) != 1 or archive.read("archive_format") != b"pt2":
+        raise InvalidArtifact("is no archive of one exported program", key="model", value=str(path))
+    program = msgspec.json.decode(archive.read(models[0]), type=ExportedProgram)
+    _check(program)
+    return models[0].removeprefix("models/").removesuffix(".json"), program
+
+
+def strip(program: ExportedProgram, first: Mapping[str, str] | None = None) -> Stripped:
+    """The program alone. `first` gives the one name of each weight that has several; without it every name stands for itself."""
+    places: list[Place] = []
+    constants: dict[str, bool | int | float | str | None] = {}
+    inputs: list[str] = []
+    keys = {"parameter": "parameter_name", "buffer": "buffer_name", "tensor_constant": "tensor_constant_name"}
+    for spec in program.graph_module.signature.input_specs:
+        kind, details = next(iter(spec.items()))
+        if kind in keys:
+            weight = details[keys[kind]]
+            places.append(Place(details["arg"]["name"], first[weight] if first is not None else weight))
+        elif kind == "constant_input":
+            constants[details["name"]] = None if "as_none" in details["value"] else next(iter(details["value"].values()))
+        elif kind == "user_input" and "as_tensor" in details["arg"]:
+            inputs.append(details["arg"]["as_tensor"]["name"])
+        else:
+            raise InvalidArtifact("has an input that is no tensor", key="input_specs", value=kind)
+    outputs = [spec["user_output"]["arg"]["as_tensor"]["name"] for spec in program.graph_module.signature.output_specs]
+    names = _output_names(program, len(outputs))
+    if not inputs or not outputs:
+        raise InvalidArtifact("must take and give at least one tensor", key="input_specs", value=len(inputs))
+    found, ranges = _signature(program, inputs, names, outputs)
+    return Stripped(program.graph_module.graph, tuple(places), found, tuple(inputs), tuple(outputs), constants, ranges)
+
+
+def _check(program: ExportedProgram) -> None:
     """Refuses another schema, and programs that keep state from one request to the next."""
     if program.schema_version.major != MAJOR:
         raise InvalidArtifact(
@@ -169,7 +207,7 @@ def check(program: ExportedProgram) -> None:
             raise InvalidArtifact("has an output that is no tensor for the caller, such as a changed buffer", key="output_specs", value=kind)
 
 
-def signature(program: ExportedProgram, inputs: Sequence[str], names: Sequence[str], outputs: Sequence[str]) -> tuple[Signature, dict[str, Range]]:
+def _signature(program: ExportedProgram, inputs: Sequence[str], names: Sequence[str], outputs: Sequence[str]) -> tuple[Signature, dict[str, Range]]:
     """The signature, from the graph's input and output tensors, and the ranges of its named dimensions.
 
     The symbol that stands first in every shape becomes "batch"; without one the model is not batchable.
@@ -199,7 +237,7 @@ def signature(program: ExportedProgram, inputs: Sequence[str], names: Sequence[s
     return named, ranges
 
 
-def output_names(program: ExportedProgram, count: int) -> tuple[str, ...]:
+def _output_names(program: ExportedProgram, count: int) -> tuple[str, ...]:
     """A dictionary's keys where the model returned a flat dictionary, "output" for one tensor, else "output_0" and so on."""
     call = program.graph_module.module_call_graph[0].signature if program.graph_module.module_call_graph else None
     if call is not None:

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +30,7 @@ _MAX_PROGRAM_BYTES = 4 * MIB
 
 
 class ScriptProgram(nn.Module):
-    """A script module as a plain module: input tensors in the signature's order -> output tensors.
+    """A script module as a plain module.
 
     The script module is no submodule of it, since hooks cannot be put inside: the one gate is its entry.
     """
@@ -43,7 +42,8 @@ class ScriptProgram(nn.Module):
         self._outputs = tuple(spec.name for spec in signature.outputs)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        with torch.jit.optimized_execution(False):
+        """Input tensors in the signature's order -> output tensors."""
+        with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
             result = self._scripts[0](*inputs)
         if isinstance(result, dict):
             return tuple(result[name] for name in self._outputs)
@@ -54,19 +54,21 @@ class ScriptProgram(nn.Module):
         for prefix, module in self._scripts[0].named_modules(remove_duplicate=False):
             holder = _Attributes(module._c)
             for table in (module._parameters, module._buffers):
-                for key, _ in table.items():
+                for key, _ in table.items():  # noqa: PERF102 - a table of torch's own, which yields nothing when iterated
                     yield f"{prefix}.{key}" if prefix else key, holder, key
 
     def encode(self) -> bytes:
-        """The program file: the module with every weight replaced by one element, expanded. The module cannot run afterwards."""
+        """The program file: the module with every weight replaced by one element, expanded; tied weights stay tied."""
+        weights = [(holder, key, holder[key]) for _, holder, key in self.slots()]
         empty: dict[int, Tensor] = {}
-        for _, holder, key in list(self.slots()):
-            tensor = holder[key]
-            holder[key] = empty.setdefault(tensor.data_ptr(), torch.zeros(1, dtype=tensor.dtype).expand(tensor.shape)) if tensor.dim() else tensor
+        for holder, key, tensor in weights:
+            holder[key] = empty.setdefault(tensor.data_ptr(), torch.zeros(1, dtype=tensor.dtype).expand(tensor.shape))
         buffer = io.BytesIO()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.jit.save(self._scripts[0], buffer)
+        for holder, key, tensor in weights:
+            holder[key] = tensor
         if buffer.tell() > _MAX_PROGRAM_BYTES:
             raise InvalidArtifact(
                 "keeps its weights outside parameters and buffers (save it before it is frozen)", key="program bytes", value=buffer.tell()
@@ -87,12 +89,12 @@ class _Attributes:
         self._module.setattr(key, tensor)
 
 
-def read(path: Path) -> ScriptProgram:
-    """The module of a TorchScript file with a signature beside it (`<name>.signature.json` or `signature.json`: {"inputs": [{name, dtype, shape}], ...})."""
-    signature = _signature(path)
+def read(path: Path, signature: Signature) -> ScriptProgram:
+    """The module of a TorchScript file; InvalidArtifact names the file when it is broken, foreign, or calls for more than tensor operators."""
     with reading(path):
-        _audit(path.read_bytes(), str(path))
-        return decode(path.read_bytes(), signature)
+        data = path.read_bytes()
+        _audit(data, str(path))
+        return decode(data, signature)
 
 
 def decode(data: bytes, signature: Signature) -> ScriptProgram:
@@ -100,14 +102,6 @@ def decode(data: bytes, signature: Signature) -> ScriptProgram:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return ScriptProgram(torch.jit.load(io.BytesIO(data), map_location="cpu"), signature)
-
-
-def _signature(path: Path) -> Signature:
-    for beside in (path.with_suffix(".signature.json"), path.with_name("signature.json")):
-        if beside.is_file():
-            with reading(beside):
-                return msgspec.json.decode(beside.read_bytes(), type=Signature)
-    raise InvalidArtifact("needs a signature beside it, since TorchScript does not record shapes", key="model", value=str(path))
 
 
 def _audit(data: bytes, source: str) -> None:

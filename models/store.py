@@ -30,7 +30,7 @@ def identity(index: WeightIndex) -> bytes:
 
 
 def ref_name(ref: ModelRef) -> str:
-    """The name of the file that remembers which digest `ref` has; it changes when a file that `ref` names does. InvalidArtifact as `load` raises it."""
+    """The name of the file that remembers which digest `ref` has; it changes with the files. InvalidArtifact as `load` raises it."""
     hasher = blake3(f"{ref.format}\0{ref.source}".encode())
     for path in _files(ref):
         status = os.stat(path)

@@ -1,7 +1,7 @@
 """Writes a loaded model into the host weight store, whole or not at all.
 
-Owns the recording of layouts (once for each program) and the order of the files: program, weights, index, reference. Never leaves anything behind when
-it fails, and reserves room before it writes, so that a full store is an error and not a SIGBUS.
+Owns the recording of layouts (once for each program) and the order of the files: program, weights, index, reference. Never leaves anything behind
+when it fails, and reserves room before it writes, so that a full store is an error and not a SIGBUS.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _write_weights(weights: Mapping[str, Tensor], index: WeightIndex, store: Pat
         os.posix_fallocate(file.fileno(), 0, index.total_bytes)
         end = 0
         for entry in index.tensors:
-            content = memoryview(weights[entry.name].contiguous().reshape(-1).view(torch.uint8).numpy())
+            content = memoryview(weights[entry.name].contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
             if len(content) != entry.nbytes:
                 raise InvalidArtifact("has another size than in the run that was recorded", key=entry.name, value=len(content))
             hasher.update(bytes(entry.offset - end))
@@ -125,7 +125,7 @@ def _temporary(store: Path, made: list[Path]) -> Path:
 
 
 def _place(path: Path, content: bytes, made: list[Path]) -> None:
-    """Writes a small file under a temporary name and renames it. A file that is there already with this content stays, also when a later step fails."""
+    """Writes a small file under a temporary name and renames it. A file that has this content already stays, whatever fails later."""
     if path.is_file() and path.read_bytes() == content:
         return
     temporary = _temporary(path.parent, made)
