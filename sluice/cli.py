@@ -10,7 +10,6 @@ from pathlib import Path
 
 import click
 import msgspec
-from rich.console import Console
 
 from contracts.errors import NotFound, SluiceError
 from contracts.functions import Share
@@ -168,9 +167,9 @@ def status_command(watch: bool, run_dir: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(msgspec.json.encode(control.read_status(folder)).decode())
     elif watch:
-        status.watch(Console(), lambda: control.read_status(folder))
+        status.watch(lambda: control.read_status(folder))
     else:
-        Console().print(status.render(control.read_status(folder)))
+        status.console().print(status.render(control.read_status(folder)))
 
 
 @main.command(
@@ -232,5 +231,5 @@ def doctor_command(run_dir: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(msgspec.json.encode(checks).decode())
     else:
-        Console().print(doctor.render(checks))
+        status.console().print(doctor.render(checks))
     sys.exit(1 if any(check.outcome == doctor.FAIL for check in checks) else 0)

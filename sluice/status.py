@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -17,6 +18,13 @@ from contracts.wire import DeviceStatus, FunctionStatus, NodeStatus
 
 _STATE_STYLE = {"ready": "green", "loading": "yellow", "failed": "bold red"}
 _REFRESH_S = 1.0
+_FILE_WIDTH = 160
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that never cuts a table short because nobody looks at it: a file or a pipe is as wide as needed."""
+    found = Console(stderr=stderr)
+    return found if found.is_terminal else Console(stderr=stderr, width=_FILE_WIDTH)
 
 
 def share_text(share: Share) -> str:
@@ -28,21 +36,22 @@ def render(node: NodeStatus) -> RenderableType:
     """Devices above, functions below."""
     host = f"host memory {format_bytes(node.host_used_bytes)} of {format_bytes(node.host_budget_bytes)}"
     head = Text(f"agent {node.pid}, up {node.uptime_ns / S:.0f} s, {host}", style="dim")
-    return Group(head, _devices(node.devices), functions_table(node.functions))
+    return Group(head, _devices(node.devices), _functions(node.functions))
 
 
-def watch(console: Console, read: Callable[[], NodeStatus]) -> None:
+def watch(read: Callable[[], NodeStatus]) -> None:
     """Shows it live until Ctrl-C; the error of `read` ends it."""
-    with contextlib.suppress(KeyboardInterrupt), Live(render(read()), console=console, auto_refresh=False, screen=console.is_terminal) as live:
+    shown = console()
+    with contextlib.suppress(KeyboardInterrupt), Live(render(read()), console=shown, auto_refresh=False, screen=shown.is_terminal) as live:
         while True:
             time.sleep(_REFRESH_S)
             live.update(render(read()), refresh=True)
 
 
-def _devices(devices: tuple[DeviceStatus, ...]) -> Table:
+def _devices(devices: Sequence[DeviceStatus]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("device", "memory", "running SM", "GPU time", "swaps", "swapped in", "lanes"):
-        table.add_column(column, justify="left" if column in ("device", "lanes") else "right")
+    for column, justify in _columns("device", "memory|", "running SM|", "GPU time|", "swaps|", "swapped in|", "lanes"):
+        table.add_column(column, justify=justify)
     for device in devices:
         lanes = ", ".join(f"{lane.sm_percent} % {_short(lane.cls)} {lane.state}" for lane in device.lanes) or "none"
         table.add_row(
@@ -57,30 +66,37 @@ def _devices(devices: tuple[DeviceStatus, ...]) -> Table:
     return table
 
 
-def functions_table(functions: tuple[FunctionStatus, ...]) -> Table:
-    """A line for each function."""
+def introduction(functions: Sequence[FunctionStatus]) -> Table:
+    """What each function has, before anything was asked of it."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    right = ("SM", "quota", "limit", "weights", "queued", "rate/s", "p50 ms", "p95 ms", "p99 ms", "SLO ms", "SLO met", "GPU s", "swaps", "failed")
-    for column in ("function", "class", "state", *right[:4], "resident on", *right[4:]):
-        table.add_column(column, justify="right" if column in right else "left", no_wrap=column == "function")
+    for column, justify in _columns("function", "class", "SM|", "quota|", "limit|", "weights|", "SLO|"):
+        table.add_column(column, justify=justify, no_wrap=True)
     for entry in functions:
-        share, latency = entry.share, entry.latency
+        share = entry.share
+        quota, limit = f"{share.quota_percent:g} %", f"{share.limit_percent:g} %"
+        table.add_row(entry.key, entry.cls, f"{share.sm_percent} %", quota, limit, format_bytes(entry.weight_bytes), f"{entry.slo_ms:g} ms")
+    return table
+
+
+def _functions(functions: Sequence[FunctionStatus]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    columns = ("function", "", "state", "SM x quota|", "on", "queue|", "rate/s|", "p50/95/99 ms|", "SLO ms|", "met|", "GPU s|", "swaps|", "failed|")
+    for column, justify in _columns(*columns):
+        table.add_column(column, justify=justify, no_wrap=column not in ("state", "on"))
+    for entry in functions:
+        latency = entry.latency
         answered = entry.answered > 0
-        state = Text(entry.state, style=_STATE_STYLE.get(entry.state, ""))
-        if entry.reason:
-            state.append(f": {entry.reason}", style="red")
         table.add_row(
             entry.key,
             _short(entry.cls),
-            state,
-            f"{share.sm_percent} %",
-            f"{share.quota_percent:g} %",
-            f"{share.limit_percent:g} %",
-            format_bytes(entry.weight_bytes),
+            _state(entry),
+            f"{entry.share.sm_percent} x {entry.share.quota_percent:g} %",
             ", ".join(entry.resident_on) or "host",
             str(entry.queued),
             f"{entry.rate:.1f}",
-            *(f"{value:.1f}" if answered else "-" for value in (latency.p50_ms, latency.p95_ms, latency.p99_ms)),
+            "/".join(f"{value:.0f}" if value >= 10 else f"{value:.1f}" for value in (latency.p50_ms, latency.p95_ms, latency.p99_ms))
+            if answered
+            else "-",
             f"{entry.slo_ms:g}",
             f"{100 * entry.slo_met / entry.answered:.1f} %" if answered else "-",
             f"{entry.gpu_ns / S:.2f}",
@@ -88,6 +104,19 @@ def functions_table(functions: tuple[FunctionStatus, ...]) -> Table:
             str(entry.failed),
         )
     return table
+
+
+def _state(entry: FunctionStatus) -> Text:
+    state = Text(entry.state, style=_STATE_STYLE.get(entry.state, ""))
+    if entry.reason:
+        state.append(f": {entry.reason}", style="red")
+    return state
+
+
+def _columns(*names: str) -> Iterator[tuple[str, Literal["left", "right"]]]:
+    """(title, justification): a bar at the end of a name means right."""
+    for name in names:
+        yield name.removesuffix("|"), "right" if name.endswith("|") else "left"
 
 
 def _short(cls: FunctionClass) -> str:

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -46,8 +45,8 @@ class Screen:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
-        self.results = Console()
-        self.notes = Console(stderr=True)
+        self.results = status.console()
+        self.notes = status.console(stderr=True)
 
     def say(self, text: str) -> None:
         """A line about the node."""
@@ -144,7 +143,7 @@ async def _introduce(plan: Plan, outcome: Outcome, supervisor: Supervisor, scree
         return
     node = await supervisor.client.status()
     serving = {function.key for function in outcome.serving}
-    screen.results.print(status.functions_table(tuple(entry for entry in node.functions if entry.key in serving)))
+    screen.results.print(status.introduction([entry for entry in node.functions if entry.key in serving]))
     screen.results.print(f"\nServing at {plan.url} on {_devices(plan)}. Try:\n", highlight=False, soft_wrap=True)
     for line in await _curl_lines(plan, outcome.serving):
         screen.results.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
