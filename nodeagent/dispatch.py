@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from contracts.functions import FunctionClass
 from contracts.units import S
@@ -13,7 +13,7 @@ from nodeagent import events as ev
 from nodeagent.copies import CopyTask, Link
 from nodeagent.entities import Device, FunctionState, Lane, LaneKey, LaneState, RequestState
 from nodeagent.memory import Place
-from nodeagent.placement import RunOn, SwapTo, WaitFor, choose, find_place
+from nodeagent.placement import RunOn, SwapTo, choose, find_place
 from nodeagent.ready import ReadyQueue
 from nodeagent.settings import DeviceSpec, Settings
 from nodeagent.tokens import Tier, lateness_rank
@@ -38,6 +38,8 @@ class Dispatcher:
         self.functions: dict[int, FunctionState] = {}
         self.out: list[ev.Command] = []
         self._device_list = tuple(self.devices.values())
+        self._open_devices: dict[str, Device] = {}
+        self._new_items: dict[int, FunctionState] = {}
         self._last_number = 0
 
     # The order of work.
@@ -46,22 +48,23 @@ class Dispatcher:
         """Puts a function where its urgency is now, or nowhere when nothing is queued."""
         if not function.queue:
             self.ready.discard(function)
+            self._release_hold(function)
             return
         self._place(function, function, function.queue[0], function.estimate.run_ns(function.queue[0].rows), now_ns)
 
     def requeue_paused(self, request: RequestState, now_ns: int) -> None:
         """Puts a paused batch where its urgency is now."""
+        assert request.lane is not None
         self._place(request, request.function, request, max(0, request.estimate_ns - request.gpu_ns), now_ns)
+        self._open_devices[request.lane.device.spec.id] = request.lane.device
 
-    def requeue_due(self, now_ns: int) -> bool:
-        """Looks again at all whose urgency has changed with time; True if any had."""
-        found = self.ready.due(now_ns)
-        for item in found:
+    def requeue_due(self, now_ns: int) -> None:
+        """Looks again at all whose urgency has changed with time."""
+        for item in self.ready.due(now_ns):
             if isinstance(item, FunctionState):
                 self.requeue(item, now_ns)
             elif item.lane is not None and item.lane.request is item and item.lane.state is LaneState.PAUSED:
                 self.requeue_paused(item, now_ns)
-        return bool(found)
 
     def _place(self, item: FunctionState | RequestState, function: FunctionState, head: RequestState, estimate_ns: int, now_ns: int) -> None:
         tier, change_ns = function.account.tier(now_ns)
@@ -76,73 +79,97 @@ class Dispatcher:
         else:
             order = (True, lateness_rank(function.spec.slo.percentile, function.answered, function.on_time))
         self.ready.place(item, tier, order, change_ns)
+        if isinstance(item, FunctionState):
+            if tier is Tier.BLOCKED:
+                self._release_hold(item)
+            else:
+                self._new_items[item.number] = item
 
-    # The pass over waiting work.
+    # Starting work.
 
     def dispatch(self, now_ns: int) -> None:
-        """Starts all that can start now, then prefetches and grants copies."""
-        while len(self.ready) and self._pass(now_ns):
-            pass
-        for link in self.links.values():
-            if len(self.ready) and not link.tasks:
-                self._prefetch(link, now_ns)
-            if link.tasks:
-                self.grant(link, now_ns)
+        """Starts all that can start now, then prefetches and grants copies.
 
-    def _pass(self, now_ns: int) -> bool:
-        """Looks once at the most urgent work, in order; True if anything started, since that changes what else can."""
-        free_sm = max(100 - device.running_sm for device in self._device_list)
-        can_preempt = any(True for device in self._device_list for _ in device.preemptible())
-        if not free_sm and not can_preempt:
-            return False
-        held: set[str] = set()
-        passed: list[FunctionState] = []
-        overtaken, any_started = 0, False
-        head = self.ready.head(_SCAN)
-        for item in head:
+        What waited could not start when it was last tried, so only two things are looked at: work that is new or has become more urgent, and devices
+        on which something has become free.
+        """
+        idle_links: dict[int, Link] = {}
+        while self._new_items or self._open_devices:
+            if self._open_devices:
+                device = self._open_devices.pop(next(iter(self._open_devices)))
+                idle_links[id(device.link)] = device.link
+                self._fill(device, now_ns)
+            else:
+                function = self._new_items.pop(next(iter(self._new_items)))
+                if function.ready_key is not None and not self._try(function, self._device_list, now_ns):
+                    self._prefetch((function,), self.links.values(), now_ns)
+        if idle_links and len(self.ready):
+            self._prefetch(self.ready.head(_PREFETCH_SCAN), idle_links.values(), now_ns)
+
+    def _fill(self, device: Device, now_ns: int) -> None:
+        """Gives a device that has become freer to waiting work, most urgent first."""
+        may_preempt = any(True for _ in device.preemptible())
+        for item in self.ready.head(_SCAN):
+            if device.running_sm >= 100 and not may_preempt:
+                return
             if item.ready_key is None:
                 continue
             if isinstance(item, RequestState):
-                started = self._resume(item, held, now_ns)
-            elif item.lane_key[0] > free_sm and not can_preempt and item.overtaken < self.settings.skip_limit:
-                started = False
+                self._resume(item, device, now_ns)
+            elif item.holder_until_ns > now_ns and device.spec.id not in item.extents:
+                continue
+            elif may_preempt or item.lane_key[0] + device.running_sm <= 100 or item.overtaken >= self.settings.skip_limit:
+                # Only the most urgent work that cannot start is worth a pause: the rest could not start in its place.
+                started = self._try(item, (device,), now_ns, may_preempt=may_preempt)
+                may_preempt = may_preempt and started
             else:
-                started = self._try(item, head, held, now_ns)
-            if started:
-                overtaken, any_started = len(passed), True
-            elif isinstance(item, FunctionState):
-                passed.append(item)
-        for at, function in enumerate(passed):
-            if at < overtaken or (any_started and function.ready_key is not None and function.ready_key[0] is Tier.BE_OVERDUE):
-                self._overtake(function, now_ns)
-        return any_started
+                item.stuck = True
 
-    def _try(self, function: FunctionState, head: list[FunctionState | RequestState], held: set[str], now_ns: int) -> bool:
-        """Starts a function's next batch, or a hit in its place, if its choice permits."""
-        choice = choose(function, self._device_list, held, self.functions, now_ns)
+    def _try(self, function: FunctionState, candidates: Sequence[Device], now_ns: int, *, may_preempt: bool = True) -> bool:
+        """Starts a function's next batch on one of these devices, or a hit in its place, if its choice permits."""
+        choice = choose(function, candidates, self.devices, self.functions, now_ns)
         if isinstance(choice, RunOn):
             self._run(function, choice.lane, now_ns)
             return True
         if isinstance(choice, SwapTo):
             # While the hit runs the copy goes on: being overtaken costs little.
-            hit = self._hit_behind(function, choice, head, now_ns)
+            hit = self._hit_behind(function, choice, now_ns)
             self._swap(function, choice.lane, choice.place, now_ns)
             self._run(*(hit or (function, choice.lane)), now_ns)
-            if hit is not None:
-                self._overtake(function, now_ns)
             return True
-        self._wait(function, choice, held, now_ns)
+        function.stuck = not choice.holder_ns
+        function.holder_until_ns = now_ns + choice.holder_ns
+        if choice.lane_wanted is not None:
+            self.want_lane(choice.lane_wanted, function.lane_key, now_ns)
+        elif function.stuck:
+            device = self._preempt(function, candidates, now_ns) if may_preempt else None
+            if function.overtaken >= self.settings.skip_limit:
+                self._hold(function, device)
         return False
 
-    def _hit_behind(
-        self, function: FunctionState, choice: SwapTo, head: list[FunctionState | RequestState], now_ns: int
-    ) -> tuple[FunctionState, Lane] | None:
+    def _hold(self, function: FunctionState, device: Device | None) -> None:
+        """Keeps a device free for a starved function: the one that makes room, or holds it, or is least busy, of those that are large enough."""
+        if any(other.held_for is function for other in self._device_list):
+            return
+        free = [d for d in self._device_list if d.held_for is None and d.memory.capacity_bytes >= function.spec.weight_bytes]
+        if free:
+            best = min(free, key=lambda d: (d is not device, d.spec.id not in function.extents, d.running_sm))
+            best.held_for = function
+
+    def _release_hold(self, function: FunctionState) -> None:
+        if function.overtaken >= self.settings.skip_limit:
+            for device in self._device_list:
+                if device.held_for is function:
+                    device.held_for = None
+                    self._open_devices[device.spec.id] = device
+
+    def _hit_behind(self, function: FunctionState, choice: SwapTo, now_ns: int) -> tuple[FunctionState, Lane] | None:
         """Another function of the same tier that this device already holds, if the one that must swap can afford to let it go first (O3 of LALB)."""
         if function.overtaken >= self.settings.skip_limit or function.ready_key is None:
             return None
         device = choice.lane.device
         urgent_ns = function.queue[0].slo_deadline_ns - function.estimate.run_ns(function.queue[0].rows)
-        for other in head:
+        for other in self.ready.head(_SCAN):
             if other is function or not isinstance(other, FunctionState) or other.ready_key is None or other.ready_key[0] != function.ready_key[0]:
                 continue
             extent = other.extents.get(device.spec.id)
@@ -154,24 +181,22 @@ class Dispatcher:
                 return (other, lane) if affordable else None
         return None
 
-    def _wait(self, function: FunctionState, choice: WaitFor, held: set[str], now_ns: int) -> None:
-        """It cannot start: see whether a lane should be started, best-effort work should pause, or a device be kept free for it."""
-        if choice.lane_wanted and choice.device is not None:
-            self.want_lane(choice.device, function.lane_key, now_ns)
-            return
-        preempted = self._preempt(function, choice.device, now_ns)
-        if function.overtaken >= self.settings.skip_limit:
-            device = preempted or choice.device or min(self._device_list, key=lambda d: (d.spec.id in held, d.running_sm))
-            held.add(device.spec.id)
-
-    def _overtake(self, function: FunctionState, now_ns: int) -> None:
-        function.overtaken += 1
-        if function.overtaken == self.settings.skip_limit:
-            self.requeue(function, now_ns)
+    def _count_overtaken(self, started: FunctionState, now_ns: int) -> None:
+        """A start overtakes all stuck work that is more urgent, and overdue best-effort work in any case."""
+        key = started.ready_key
+        for item in self.ready.head(_SCAN):
+            if not isinstance(item, FunctionState) or item is started or not item.stuck or item.ready_key is None or key is None:
+                continue
+            if item.ready_key < key or item.ready_key[0] is Tier.BE_OVERDUE:
+                item.overtaken += 1
+                if item.overtaken == self.settings.skip_limit:
+                    self.requeue(item, now_ns)
 
     # Running, pausing, resuming.
 
     def _run(self, function: FunctionState, lane: Lane, now_ns: int) -> None:
+        self._count_overtaken(function, now_ns)
+        self._release_hold(function)
         request = function.queue.popleft()
         extent = function.extents[lane.device.spec.id]
         extent.pins += 1
@@ -182,29 +207,32 @@ class Dispatcher:
         function.account.begin(request.estimate_ns)
         function.running += 1
         function.overtaken = 0
+        function.stuck = False
         lane.request = request
         self._occupy(lane, now_ns)
         preemptible = function.spec.cls is FunctionClass.BEST_EFFORT
         self.out.append(ev.Run(lane.number, request.number, function.spec.key, extent.offset, extent.copy, preemptible))
         self.requeue(function, now_ns)
 
-    def _resume(self, request: RequestState, held: set[str], now_ns: int) -> bool:
+    def _resume(self, request: RequestState, device: Device, now_ns: int) -> None:
+        """A paused batch goes on when its SMs are free; on a device kept for another only when nothing runs: it may hold the memory needed."""
         lane = request.lane
         assert lane is not None
-        if lane.device.running_sm + lane.sm_percent > 100 or lane.device.spec.id in held:
-            return False
-        self.ready.discard(request)
-        self._occupy(lane, now_ns)
-        self.out.append(ev.Resume(lane.number, request.number))
-        return True
+        held = device.held_for not in (None, request.function) and device.running_sm > 0
+        if lane.device is device and device.running_sm + lane.sm_percent <= 100 and not held:
+            self.ready.discard(request)
+            self._occupy(lane, now_ns)
+            self.out.append(ev.Resume(lane.number, request.number))
 
-    def _preempt(self, function: FunctionState, preferred: Device | None, now_ns: int) -> Device | None:
+    def _preempt(self, function: FunctionState, candidates: Sequence[Device], now_ns: int) -> Device | None:
         """Asks less urgent best-effort batches to pause where that makes room; returns the device that will have it."""
         if function.ready_key is None:
             return None
         tier: Tier = function.ready_key[0]
-        for device in (preferred,) if preferred is not None else self._device_list:
-            if not any(True for _ in device.preemptible()):
+        if tier >= Tier.BE_BORROWED:
+            return None
+        for device in sorted(candidates, key=lambda d: d.spec.id not in function.extents) if len(candidates) > 1 else candidates:
+            if not any(True for _ in device.preemptible()) or device.held_for not in (None, function):
                 continue
             room = 100 - device.running_sm + sum(lane.sm_percent for lane in device.lanes.values() if lane.state is LaneState.PAUSING)
             victims: list[Lane] = []
@@ -239,6 +267,7 @@ class Dispatcher:
             lane.device.running_sm -= lane.sm_percent
         lane.state = state
         lane.since_ns = now_ns
+        self._open_devices[lane.device.spec.id] = lane.device
         if state is not LaneState.PAUSED and lane.request is not None:
             request, lane.request = lane.request, None
             self.ready.discard(request)
@@ -310,6 +339,7 @@ class Dispatcher:
             link.observe(task.nbytes, now_ns - task.started_ns)
         self._copy_over(task)
         device = self.devices[task.device]
+        self._open_devices[task.device] = device
         device.swaps += 1
         device.swapped_bytes += task.nbytes
         function.swaps += 1
@@ -321,6 +351,7 @@ class Dispatcher:
         if extent is not None and not extent.pins:
             device.memory.drop(function.number)
             del function.extents[device.spec.id]
+            self._open_devices[device.spec.id] = device
             self.out.append(ev.Evict(device.spec.id, function.spec.key))
 
     def _copy_over(self, task: CopyTask) -> None:
@@ -346,18 +377,21 @@ class Dispatcher:
         self.out.append(ev.Copy(number, lane.number, function.spec.key, extent.offset, task.granted_bytes))
         self.out.extend(ev.CopyGrant(other.copy, other.lane, other.granted_bytes) for other in others)
 
-    def _prefetch(self, link: Link, now_ns: int) -> None:
-        """Uses an idle link for queued work whose weights are nowhere yet, without evicting what queued work needs."""
-        for item in self.ready.head(_PREFETCH_SCAN):
-            if not isinstance(item, FunctionState) or item.extents:
+    def _prefetch(self, items: Iterable[FunctionState | RequestState], links: Collection[Link], now_ns: int) -> None:
+        """Uses idle links for queued work whose weights are nowhere yet, without evicting what queued work needs; one copy for each link."""
+        idle = [link for link in links if not link.tasks]
+        for item in items:
+            if not idle:
+                return
+            if not isinstance(item, FunctionState) or item.extents or item.ready_key is None:
                 continue
             for device in self._device_list:
-                lane = self._copying_lane(device, item.lane_key) if device.link is link else None
-                if lane is not None:
-                    place = find_place(item, device, self.functions, now_ns, spare_queued=True)
-                    if place is not None:
-                        self._swap(item, lane, place, now_ns)
-                        return
+                lane = self._copying_lane(device, item.lane_key) if device.link in idle else None
+                place = find_place(item, device, self.functions, now_ns, spare_queued=True) if lane is not None else None
+                if lane is not None and place is not None:
+                    self._swap(item, lane, place, now_ns)
+                    idle.remove(device.link)
+                    break
 
     def _copying_lane(self, device: Device, key: LaneKey) -> Lane | None:
         """The lane that a prefetched function would run in, else any that serves."""

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from contracts.functions import FunctionClass
+from contracts.functions import FunctionClass, Share
 from nodeagent.copies import Link
 from nodeagent.estimates import NeedEstimate, RunEstimate
 from nodeagent.events import FunctionSpec, RequestArrived
@@ -19,13 +19,19 @@ LaneKey = tuple[int, FunctionClass]
 
 
 class FunctionState:
-    """A declared function. `extents` says on which devices its weights are or come; `running` counts batches on lanes, paused ones included."""
+    """A declared function. `extents` says on which devices its weights are or come; `running` counts batches on lanes, paused ones included.
+
+    `stuck`: its most urgent batch found no SMs, lane or memory when it was last tried; `overtaken` counts the starts that others made meanwhile.
+    Until `holder_until_ns` it waits for a device that holds its weights rather than swap.
+    """
 
     __slots__ = (
         "account",
         "answered",
         "estimate",
         "extents",
+        "holder_until_ns",
+        "lane_key",
         "need",
         "number",
         "on_time",
@@ -36,6 +42,7 @@ class FunctionState:
         "retried",
         "running",
         "spec",
+        "stuck",
         "swaps",
         "turn",
         "wake_ns",
@@ -48,19 +55,23 @@ class FunctionState:
         self.account = Account(spec.cls, spec.share, window_ns, now_ns)
         self.estimate = RunEstimate(spec.run_ns * 100 // spec.share.sm_percent)
         self.need = NeedEstimate(now_ns)
+        self.lane_key: LaneKey = (spec.share.sm_percent, spec.cls)
         self.queue: deque[RequestState] = deque()
         self.extents: dict[str, Extent] = {}
         self.running = 0
         self.removed = False
+        self.stuck = False
+        self.holder_until_ns = 0
         self.overtaken = 0
         self.ready_key: tuple[Any, ...] | None = None
         self.wake_ns = NEVER_NS
         self.answered = self.on_time = self.retried = self.swaps = 0
 
-    @property
-    def lane_key(self) -> LaneKey:
-        """Which lanes its next batch may run in."""
-        return self.account.share.sm_percent, self.spec.cls
+    def set_share(self, share: Share, now_ns: int) -> None:
+        """A new share, for the account and for the lanes that the next batch may run in."""
+        self.estimate.rescale(self.account.share.sm_percent, share.sm_percent)
+        self.account.set_share(share, now_ns)
+        self.lane_key = (share.sm_percent, self.spec.cls)
 
     @property
     def idle(self) -> bool:
@@ -154,15 +165,18 @@ class Lane:
         if self.request is None:
             return 0
         left = self.request.estimate_ns - self.request.gpu_ns
-        return max(0, left - (now_ns - self.since_ns)) if self.active else max(0, left)
+        if self.state is not LaneState.PAUSED:
+            left -= now_ns - self.since_ns
+        return left if left > 0 else 0
 
 
 class Device:
-    """A device: its memory, its lanes, its link, and how many percent of its SMs run now."""
+    """A device: its memory, its lanes, its link, and how many percent of its SMs run now. `held_for`: kept free for a function that was starved."""
 
     __slots__ = (
         "busy_ns",
         "failed_starts",
+        "held_for",
         "lanes",
         "lanes_by_key",
         "link",
@@ -181,6 +195,7 @@ class Device:
         self.lanes: dict[int, Lane] = {}
         self.lanes_by_key: dict[LaneKey, list[Lane]] = {}
         self.running_sm = 0
+        self.held_for: FunctionState | None = None
         self.busy_ns = self.swapped_bytes = self.swaps = 0
         self.failed_starts = 0
         self.start_after_ns = 0

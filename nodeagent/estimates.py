@@ -33,6 +33,8 @@ class RunEstimate:
 
     def rescale(self, old_sm_percent: int, new_sm_percent: int) -> None:
         """The SM share changed: compute-bound work takes inversely longer, until measured again."""
+        if old_sm_percent == new_sm_percent:
+            return
         self._first_ns = max(1, self._first_ns * old_sm_percent // new_sm_percent)
         self._by_rows = {rows: ns * old_sm_percent // new_sm_percent for rows, ns in self._by_rows.items()}
 

@@ -6,12 +6,13 @@ swap to the device with the cheapest path, its host link not busy with another s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from nodeagent.entities import Device, FunctionState, Lane
 from nodeagent.memory import Extent, Place
+from nodeagent.tokens import NEVER_NS
 
 
 class RunOn(msgspec.Struct, frozen=True):
@@ -28,10 +29,12 @@ class SwapTo(msgspec.Struct, frozen=True):
 
 
 class WaitFor(msgspec.Struct, frozen=True):
-    """Stay queued. `device`: where it would run next; `lane_wanted`: it has the SMs there, but no lane of the right size is free."""
+    """Stay queued. `lane_wanted`: this device has the SMs and the memory, but no lane of the right size is free. `holder_ns`: a holder is free sooner
+    than a swap would take, in so many ns; 0: not by choice.
+    """
 
-    device: Device | None
-    lane_wanted: bool = False
+    lane_wanted: Device | None = None
+    holder_ns: int = 0
 
 
 Choice = RunOn | SwapTo | WaitFor
@@ -39,46 +42,48 @@ _DUPLICATE_COST = 0.1
 _QUEUED_PER_S = 100.0
 
 
-def choose(function: FunctionState, devices: Sequence[Device], held: Collection[str], owners: Mapping[int, FunctionState], now_ns: int) -> Choice:
-    """The choice for one function. `held` devices are kept for others; `owners` are the functions by number."""
+def choose(
+    function: FunctionState, candidates: Sequence[Device], devices: Mapping[str, Device], owners: Mapping[int, FunctionState], now_ns: int
+) -> Choice:
+    """Where the function's next batch should run, of the candidates; `devices` are all, `owners` the functions by number."""
     sm_percent, _ = key = function.lane_key
-    holder: Device | None = None
-    holder_wait_ns = 0
     open_lanes: list[tuple[int, int, Lane]] = []
     wanted: Device | None = None
-    for at, device in enumerate(devices):
+    for at, device in enumerate(candidates):
+        if device.running_sm + sm_percent > 100 or (device.held_for is not None and device.held_for is not function):
+            continue
         extent = function.extents.get(device.spec.id)
-        has_room = device.running_sm + sm_percent <= 100 and device.spec.id not in held
-        lane = device.idle_lane(key, device.link.tasks[extent.copy].lane if extent and extent.copy else 0) if has_room else None
-        if extent is not None:
-            if lane is not None and (extent.resident or device.link.tasks[extent.copy].lane == lane.number):
+        if extent is None:
+            lane = device.idle_lane(key)
+            if lane is not None:
+                open_lanes.append((device.link.swap_ns(function.spec.weight_bytes), at, lane))
+        elif extent.resident:
+            lane = device.idle_lane(key)
+            if lane is not None:
                 return RunOn(lane)
-            wait_ns = _wait_ns(device, extent, now_ns)
-            if holder is None or wait_ns < holder_wait_ns:
-                holder, holder_wait_ns = device, wait_ns
-                if has_room and lane is None:
-                    wanted = device
-        elif lane is not None:
-            open_lanes.append((device.link.swap_ns(function.spec.weight_bytes), at, lane))
-        elif has_room and wanted is None and holder is None and find_place(function, device, owners, now_ns) is not None:
+        else:
+            copier = device.link.tasks[extent.copy].lane
+            lane = device.idle_lane(key, prefer=copier)
+            if lane is not None and lane.number == copier:
+                return RunOn(lane)
+        if lane is None and wanted is None and (extent is not None or find_place(function, device, owners, now_ns) is not None):
             wanted = device
-    open_lanes.sort(key=lambda entry: entry[:2])
-    for swap_ns, _, lane in open_lanes:
-        if holder is not None and holder_wait_ns <= swap_ns:
-            break
-        place = find_place(function, lane.device, owners, now_ns)
-        if place is not None:
-            return SwapTo(lane, place)
-    if wanted is not None:
-        return WaitFor(wanted, lane_wanted=True)
-    return WaitFor(holder)
+    if open_lanes:
+        wait_ns = min((_wait_ns(devices[id_], extent, now_ns) for id_, extent in function.extents.items()), default=NEVER_NS)
+        for swap_ns, _, lane in sorted(open_lanes, key=lambda entry: entry[:2]):
+            if wait_ns <= swap_ns:
+                return WaitFor(holder_ns=max(1, wait_ns))
+            place = find_place(function, lane.device, owners, now_ns)
+            if place is not None:
+                return SwapTo(lane, place)
+    return WaitFor(lane_wanted=wanted)
 
 
 def _wait_ns(device: Device, extent: Extent, now_ns: int) -> int:
     """How soon a busy holder can take the batch: the copy that is under way, or the first of its batches to end."""
     if not extent.resident:
         return device.link.swap_ns(extent.nbytes - extent.copied_bytes)
-    return min((lane.remaining_ns(now_ns) for lane in device.lanes.values() if lane.active), default=0)
+    return min((lane.remaining_ns(now_ns) for lane in device.lanes.values() if lane.request is not None), default=0)
 
 
 def find_place(

@@ -110,10 +110,9 @@ class NodeState:
         function = self.functions.get(event.function)
         if function is None:
             return
-        old = function.account.share
-        function.account.set_share(event.share, now_ns)
-        if old.sm_percent != event.share.sm_percent:
-            function.estimate.rescale(old.sm_percent, event.share.sm_percent)
+        old_key = function.lane_key
+        function.set_share(event.share, now_ns)
+        if function.lane_key != old_key:
             self._prepare_lanes(function, now_ns)
             self._reap_at_ns = now_ns + self.settings.lane_idle_ns
         self.dispatcher.requeue(function, now_ns)
