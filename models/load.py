@@ -6,7 +6,7 @@ are interpreted, TorchScript is audited, safetensors holds numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +98,7 @@ def _from_catalogue(choice: catalogue.Choice) -> Loaded:
     if choice.pretrained is None:
         seeded.fill(module, choice.seed)
         return _catalogued(module, choice.architecture, choice.config)
-    return _with_weights(module, choice.architecture, choice.config, choice.pretrained.path())
+    return _published(module, choice, choice.pretrained)
 
 
 def _from_safetensors(file: Path) -> Loaded:
@@ -110,26 +110,42 @@ def _with_weights(module: nn.Module, architecture: str, config: catalogue.Config
     """Fills a module from a safetensors file whose names may carry the prefix of a whole transformers model ("bert.")."""
     with reading(file), safe_open(str(file), framework="pt") as tensors:
         names = set(tensors.keys())
-        prefix = next((p for p in ("", f"{architecture}.", "transformer.") if f"{p}{_first_name(module)}" in names), "")
-        for path, owner in module.named_modules():
-            for table in (owner._parameters, owner._buffers):
-                for key, like in table.items():
-                    if like is None:
-                        continue
-                    name = f"{prefix}{path}.{key}" if path else f"{prefix}{key}"
-                    if name not in names:
-                        raise InvalidArtifact(f"lacks the tensor {name} of {architecture}", key="model", value=str(file))
-                    tensor = tensors.get_tensor(name)
-                    if tensor.shape != like.shape or tensor.dtype != like.dtype:
-                        raise InvalidArtifact(
-                            f"{name} must be {like.dtype} {list(like.shape)}, is {tensor.dtype} {list(tensor.shape)}", key="model", value=str(file)
-                        )
-                    table[key] = tensor
+        first = next(name for name, _ in module.named_parameters())
+        prefix = next((prefix for prefix in ("", f"{architecture}.", "transformer.") if prefix + first in names), "")
+        _fill(module, lambda name: tensors.get_tensor(prefix + name) if prefix + name in names else None, file)
     return _catalogued(module, architecture, config)
 
 
-def _first_name(module: nn.Module) -> str:
-    return next(name for name, _ in module.named_parameters())
+def _published(module: nn.Module, choice: catalogue.Choice, pretrained: catalogue.Pretrained) -> Loaded:
+    """Fills a module from the weights of a package."""
+    file = pretrained.path()
+    if file.suffix == ".safetensors":
+        return _with_weights(module, choice.architecture, choice.config, file)
+    tensors = script.tensors(file)
+
+    def find(name: str) -> Tensor | None:
+        ours = next((beginning for beginning in pretrained.renamed if name.startswith(beginning)), "")
+        return tensors.get(pretrained.renamed.get(ours, "") + name.removeprefix(ours))
+
+    _fill(module, find, file)
+    return _catalogued(module, choice.architecture, choice.config)
+
+
+def _fill(module: nn.Module, find: Callable[[str], Tensor | None], file: Path) -> None:
+    """Gives every parameter and buffer of a meta module the tensor that `find` has for its name; InvalidArtifact if one is missing or unfit."""
+    for path, owner in module.named_modules():
+        for table in (owner._parameters, owner._buffers):
+            for key, like in table.items():
+                if like is None:
+                    continue
+                name = f"{path}.{key}" if path else key
+                tensor = find(name)
+                if tensor is None:
+                    raise InvalidArtifact(f"lacks the tensor {name}", key="model", value=str(file))
+                if tensor.shape != like.shape or tensor.dtype != like.dtype:
+                    was = f"{like.dtype} {list(like.shape)}, is {tensor.dtype} {list(tensor.shape)}"
+                    raise InvalidArtifact(f"{name} must be {was}", key="model", value=str(file))
+                table[key] = tensor.detach().contiguous()
 
 
 def _catalogued(module: nn.Module, architecture: str, config: catalogue.Config) -> Loaded:

@@ -39,7 +39,7 @@ class Executable:
         first: dict[object, str] = {}
         for name, holder, key in _places(module):
             if (tensor := holder[key]) is not None:
-                identity = tensor.data_ptr() if isinstance(module, script.ScriptProgram) and tensor.data_ptr() else id(tensor)
+                identity = script.place_of(tensor) if isinstance(module, script.ScriptProgram) else id(tensor)
                 self._places.append((first.setdefault(identity, name), holder, key))
 
     def bind(self, tensors: Mapping[str, Tensor]) -> None:

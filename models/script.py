@@ -60,9 +60,9 @@ class ScriptProgram(nn.Module):
     def encode(self) -> bytes:
         """The program file: the module with every weight replaced by one element, expanded; tied weights stay tied."""
         weights = [(holder, key, holder[key]) for _, holder, key in self.slots()]
-        empty: dict[int, Tensor] = {}
+        empty: dict[object, Tensor] = {}
         for holder, key, tensor in weights:
-            holder[key] = empty.setdefault(tensor.data_ptr(), torch.zeros(1, dtype=tensor.dtype).expand(tensor.shape))
+            holder[key] = empty.setdefault(place_of(tensor), torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
         buffer = io.BytesIO()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -89,12 +89,23 @@ class _Attributes:
         self._module.setattr(key, tensor)
 
 
+def place_of(tensor: Tensor) -> object:
+    """Equal for tied tensors: a script module hands out a new Python object for the same tensor each time."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
 def read(path: Path, signature: Signature) -> ScriptProgram:
     """The module of a TorchScript file; InvalidArtifact names the file when it is broken, foreign, or calls for more than tensor operators."""
     with reading(path):
         data = path.read_bytes()
         _audit(data, str(path))
         return decode(data, signature)
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    """The weights of a TorchScript file, by name, for a network of the catalogue."""
+    program = read(path, Signature((), ()))
+    return {name: holder[key] for name, holder, key in program.slots()}
 
 
 def decode(data: bytes, signature: Signature) -> ScriptProgram:
