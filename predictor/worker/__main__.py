@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import resource
 import signal
 import socket
 import warnings
@@ -26,6 +27,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     warnings.filterwarnings("ignore", "The given buffer is not writable")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     _load_networks()
     while (received := channel.receive()) is not None:
         spawn, fds = received

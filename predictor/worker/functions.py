@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from contracts.artifact import WeightIndex, decode_index
-from contracts.errors import InvalidArtifact, SluiceError, Unavailable
+from contracts.errors import InvalidArtifact, SluiceError, Unavailable, from_wire, to_wire
 from contracts.wire import Attach, Attached
 from models.program import build
 from models.weights import views
@@ -98,18 +98,10 @@ class Functions:
         """Makes attached functions ready, one after another, for ever: the background thread."""
         while True:
             function, message = self._unready.get()
-            if self._functions.get(function.name) is not function:
-                continue
-            try:
-                with self._bound.lifted():
-                    self._prepare(function, message)
-                error = None
-            except Exception as failure:
-                error = failure if isinstance(failure, SluiceError) else InvalidArtifact(f"cannot be built ({type(failure).__name__}: {failure})")
-            with self._changed:
-                function.error = error
-                self._changed.notify_all()
-            self._report(Attached(message.function, error.message if error else ""))
+            with self._bound.lifted():
+                self._make_ready(function, message)
+            if self._functions.get(function.name) is function:
+                self._report(Attached(function.name, function.error.message if function.error else ""))
             del function, message
 
     def find(self, name: str) -> Function:
@@ -130,7 +122,7 @@ class Functions:
             with self._changed:
                 self._changed.wait_for(lambda: function.program is not None or function.error is not None)
         if function.error is not None:
-            raise function.error.with_traceback(None)
+            raise from_wire(*to_wire(function.error))
         return function
 
     def started(self, function: Function, transfer: Transfer) -> None:
@@ -149,19 +141,29 @@ class Functions:
             raise Unavailable(f"copy {copy} of function {function.name!r} is not made by this lane")
         return transfer
 
-    def _prepare(self, function: Function, message: Attach) -> None:
-        index = decode_index(message.index)
+    def _make_ready(self, function: Function, message: Attach) -> None:
+        try:
+            index = decode_index(message.index)
+            program, error = self._program(function, index, Path(message.store)), None
+            function.index = index
+            function.needs = needs_of(index.gates, index.total_bytes)
+        except Exception as failure:
+            reason = failure if isinstance(failure, SluiceError) else InvalidArtifact(f"cannot be built ({type(failure).__name__}: {failure})")
+            program, error = None, reason.with_traceback(None)
+        with self._changed:
+            function.program, function.error = program, error
+            self._changed.notify_all()
+        self._device.pin(function.weights)
+
+    def _program(self, function: Function, index: WeightIndex, store: Path) -> Program:
         if index.total_bytes != function.weights.numel():
             raise InvalidArtifact(f"must have {index.total_bytes} bytes", key=f"{index.digest}.weights", value=function.weights.numel())
-        self._device.pin(function.weights)
         program = self._programs.get(index.program_id)
         if program is None:
-            program = self._programs[index.program_id] = Program(index, Path(message.store))
+            program = self._programs[index.program_id] = Program(index, store)
         for gate in index.gates:
             program.execute.module.get_submodule(gate.module)
-        function.index = index
-        function.needs = needs_of(index.gates, index.total_bytes)
-        function.program = program
+        return program
 
 
 def _map(weights_fd: int) -> torch.Tensor:

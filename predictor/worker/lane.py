@@ -6,13 +6,14 @@ functions ready. It obeys the agent and decides nothing; when the agent goes, so
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -73,7 +74,7 @@ class Lane:
         torch.set_num_threads(self._spawn.threads)
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         for work in (self._serve_copies, self._functions.serve):
-            threading.Thread(target=_or_exit, args=(work,), daemon=True).start()
+            threading.Thread(target=_fatal()(work), daemon=True).start()
         self._runs.send(LaneReady(self._spawn.lane, os.getpid(), self._spawn.sm_percent))
         while True:
             message, fds = self._receive()
@@ -95,15 +96,14 @@ class Lane:
                 raise ProtocolError(f"a {type(message).__name__} came while a batch was paused")
 
     def _pause(self, batch: int, gpu_ns: int) -> None:
-        """Stands still with a batch in hand until it is resumed."""
-        self._runs.send(BatchPaused(batch, gpu_ns))
-        while True:
-            received = self._runs.receive()
-            if received is None:
-                os._exit(0)
-            if isinstance(received[0], Resume):
-                return
-            self._map(*received)
+        """Stands still with a batch in hand until it is resumed. What goes wrong here is no model's error, though a model is on the stack."""
+        with _fatal():
+            self._runs.send(BatchPaused(batch, gpu_ns))
+            while (received := self._runs.receive()) is not None:
+                if isinstance(received[0], Resume):
+                    return
+                self._map(*received)
+            os._exit(0)
 
     def _serve_copies(self) -> None:
         """The copy thread: one message after another, each to its end."""
@@ -160,16 +160,17 @@ class Lane:
 
 def serve(spawn: Spawn, fds: list[int]) -> NoReturn:
     """Makes this process a lane and never returns."""
-    _or_exit(lambda: Lane(spawn, fds).serve())
+    with _fatal():
+        Lane(spawn, fds).serve()
 
 
-def _or_exit(work: Callable[[], object]) -> NoReturn:
-    """Runs a thread's work. Its end, or any error that it lets through, ends the whole lane: the agent sees EOF and replaces it."""
+@contextlib.contextmanager
+def _fatal() -> Iterator[None]:
+    """An error that is let through here, in whatever thread, ends the whole lane: the agent sees the end of its channels and replaces it."""
     try:
-        work()
+        yield
     except (BrokenPipeError, ConnectionResetError):
         os._exit(0)
     except BaseException:
         traceback.print_exc()
         os._exit(1)
-    os._exit(0)

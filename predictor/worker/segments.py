@@ -92,7 +92,7 @@ def _tensor(mapped: mmap.mmap, ref: TensorRef) -> torch.Tensor:
     """The tensor that lies at a reference; InvalidTensor if it cannot lie there."""
     dtype = _DTYPES.get(ref.dtype)
     count = math.prod(ref.shape)
-    if dtype is None or ref.nbytes != count * dtype.itemsize or not 0 <= ref.offset <= len(mapped) - ref.nbytes:
+    if dtype is None or count < 0 or ref.nbytes != count * dtype.itemsize or not 0 <= ref.offset <= len(mapped) - ref.nbytes:
         raise InvalidTensor(f"does not lie in its segment of {len(mapped)} bytes", key=ref.name, value=ref)
     if not count:
         return torch.empty(ref.shape, dtype=dtype)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import mmap
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -15,10 +17,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from contracts.artifact import WeightIndex
 from contracts.channel import Channel
-from contracts.functions import FunctionClass
+from contracts.functions import FunctionClass, ModelFormat, ModelRef
 from contracts.lane_page import LanePage
 from contracts.units import MIB
 from contracts.wire import (
@@ -38,6 +41,8 @@ from contracts.wire import (
     Spawn,
     TensorRef,
 )
+from models.load import load
+from models.store_writer import write
 
 ROOT = Path(__file__).parents[3]
 PATIENCE_S = 60.0
@@ -79,6 +84,7 @@ class LaneEnd:
     page: LanePage
     slab: mmap.mmap
     pid: int = 0
+    pidfd: int = -1
     _batches: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     _copies: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
@@ -97,6 +103,7 @@ class LaneEnd:
             self.copies.send(Attach(name, msgspec.json.encode(model.index), str(model.path.parent)), [weights.fileno()])
 
     def attach(self, name: str, model: Stored) -> None:
+        """Attaches a function and waits until it is ready."""
         self.send_attach(name, model)
         assert self.next_copy() == Attached(name)
 
@@ -162,9 +169,15 @@ class LaneEnd:
         assert done.batch == batch.run.batch
         return done
 
+    def gone(self) -> bool:
+        """Waits until the process has ended."""
+        return bool(select.select([self.pidfd], [], [], PATIENCE_S)[0])
+
     def close(self) -> None:
         self.runs.close()
         self.copies.close()
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
 
 
 class ForkServer:
@@ -197,12 +210,46 @@ class ForkServer:
         ready = end.next_run()
         assert isinstance(ready, LaneReady)
         assert (ready.lane, ready.sm_percent) == (spawn.lane, spawn.sm_percent)
-        end.pid = ready.pid
+        end.pid, end.pidfd = ready.pid, os.pidfd_open(ready.pid)
         return end
 
     def close_lanes(self) -> None:
         while self.ends:
             self.ends.pop().close()
+
+
+def rows_of(model: Stored, rows: int, seed: int) -> dict[str, np.ndarray]:
+    """Inputs for a model: numbers, tokens, and masks that leave some tokens out."""
+    random = np.random.default_rng(seed)
+    arrays: dict[str, np.ndarray] = {}
+    for spec in model.index.signature.inputs:
+        shape = [rows if dim == "batch" else 12 if isinstance(dim, str) else dim for dim in spec.shape]
+        if spec.dtype == "FP32":
+            arrays[spec.name] = random.standard_normal(shape, dtype=np.float32)
+        else:
+            arrays[spec.name] = random.integers(1, 2 if "mask" in spec.name else 1000, shape)
+            if "mask" in spec.name:
+                arrays[spec.name][:, 9:] = 0
+    return arrays
+
+
+@pytest.fixture(scope="session")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Stored]:
+    """The model of the catalogue that a source names, in a host store. References run with one thread, as the lanes do."""
+    torch.set_num_threads(1)
+    store = tmp_path_factory.mktemp("store")
+
+    @functools.cache
+    def put(source: str) -> Stored:
+        loaded = load(ModelRef(ModelFormat.CATALOG, source))
+        index = write(loaded, store, 1 << 40)
+
+        def reference(arrays: Arrays) -> dict[str, np.ndarray]:
+            return {name: tensor.numpy() for name, tensor in loaded.run({name: torch.from_numpy(array) for name, array in arrays.items()}).items()}
+
+        return Stored(index, store / f"{index.digest}.weights", reference)
+
+    return put
 
 
 @pytest.fixture(scope="module")
@@ -222,5 +269,20 @@ def spawn(server: ForkServer) -> Iterator[Callable[..., LaneEnd]]:
 
 
 @pytest.fixture
+def inputs() -> Callable[[Stored, int, int], dict[str, np.ndarray]]:
+    return rows_of
+
+
+@pytest.fixture
 def lane(spawn: Callable[..., LaneEnd]) -> LaneEnd:
     return spawn()
+
+
+@pytest.fixture
+def server_of_its_own() -> Iterator[ForkServer]:
+    """A fork server that a test may kill."""
+    server = ForkServer()
+    yield server
+    server.close_lanes()
+    server.channel.close()
+    server.process.wait(PATIENCE_S)
