@@ -19,7 +19,7 @@ from typing import Protocol
 from contracts.artifact import TensorSpec
 from contracts.channel import AsyncChannel
 from contracts.errors import DeadlineExceeded, NotFound, ProtocolError, SluiceError, Unavailable, from_wire
-from contracts.units import S
+from contracts.units import MS, S
 from contracts.wire import (
     PROTOCOL_VERSION,
     Answer,
@@ -37,8 +37,8 @@ from contracts.wire import (
 )
 from predictor.segment import Array, Placement, Segment, place
 
-_FIRST_RETRY_S = 0.02
-_LAST_RETRY_S = 1.0
+_FIRST_RETRY_NS = 20 * MS
+_LAST_RETRY_NS = 1 * S
 log = logging.getLogger("sluice.predictor")
 
 
@@ -87,17 +87,22 @@ class Listener(Protocol):
 
 
 class AgentClient:
-    """One predictor's connection to its node agent. `patience_ns`: how long a lost agent's functions are waited for before their batches fail."""
+    """One predictor's connection to its node agent.
 
-    def __init__(self, path: str, segment_bytes: int, listener: Listener, patience_ns: int = 10 * S) -> None:
+    `patience_ns`: how long requests wait for the functions of a lost agent before they fail. `forget_ns`: how long after its return a function that
+    it does not announce still counts as one that may come.
+    """
+
+    def __init__(self, path: str, segment_bytes: int, listener: Listener, patience_ns: int = 10 * S, forget_ns: int = 60 * S) -> None:
         self._path = path
         self._listener = listener
         self._patience_ns = patience_ns
+        self._forget_ns = forget_ns
         self._loop = asyncio.get_running_loop()
         self._channel: AsyncChannel | None = None
         self._welcomed = False
         self._closed = False
-        self._retry_s = _FIRST_RETRY_S
+        self._retry_ns = _FIRST_RETRY_NS
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self.segment = Segment(segment_bytes)
         self._fresh = True
@@ -131,8 +136,7 @@ class AgentClient:
         except OSError as error:
             sock.close()
             log.debug("no agent at %s yet: %s", self._path, error)
-            self._later("connect", self._retry_s, self.start)
-            self._retry_s = min(self._retry_s * 2, _LAST_RETRY_S)
+            self._connect_later()
             return
         if not self._fresh:
             self._renew_segment()
@@ -203,11 +207,10 @@ class AgentClient:
                 self._finish(message.id, from_wire(message.kind, message.message, message.retry_after_ms))
             case Welcome():
                 self._welcomed = True
-                self._retry_s = _FIRST_RETRY_S
+                self._retry_ns = _FIRST_RETRY_NS
                 for info in message.functions:
                     self._announce(info)
-                if self.functions.keys() - self._announced:
-                    self._await_functions()
+                self._later("forget", self._forget_ns, self._forget)
             case FunctionChanged():
                 self._announce(message.info)
             case FunctionGone():
@@ -259,11 +262,15 @@ class AgentClient:
         if self._closed:
             return
         log.warning("lost the node agent (%s); connecting again", error or "it closed the connection")
-        self._await_functions()
+        self._cancel("forget")
+        self._later("patience", self._patience_ns, self._lose_patience)
         for info in list(self.functions.values()):
             self._listener.on_function(info)
-        self._later("connect", self._retry_s, self.start)
-        self._retry_s = min(self._retry_s * 2, _LAST_RETRY_S)
+        self._connect_later()
+
+    def _connect_later(self) -> None:
+        self._later("connect", self._retry_ns, self.start)
+        self._retry_ns = min(self._retry_ns * 2, _LAST_RETRY_NS)
 
     def _renew_segment(self) -> None:
         old, self.segment = self.segment, Segment(self.segment.nbytes)
@@ -272,20 +279,21 @@ class AgentClient:
             if not placement.move(self.segment):
                 raise AssertionError("what was alive in a segment fits a new one of the same size")
 
-    def _await_functions(self) -> None:
-        self._later("patience", self._patience_ns / S, self._on_patience)
-
-    def _on_patience(self) -> None:
+    def _lose_patience(self) -> None:
         waited_for = self._recovering | (self.functions.keys() - self._announced)
         self._recovering.clear()
         for key in waited_for:
-            if self._welcomed and key not in self._announced:
-                self._gone(key)
-                continue
             self._fail_unsent(key, Unavailable(f"{key} did not come back with the node agent", retry_after_ms=1000))
             self._listener.on_function(self.functions[key])
 
-    def _later(self, name: str, delay_s: float, call: Callable[[], None]) -> None:
-        if name in self._timers:
-            self._timers[name].cancel()
-        self._timers[name] = self._loop.call_later(delay_s, call)
+    def _forget(self) -> None:
+        for key in self.functions.keys() - self._announced:
+            self._gone(key)
+
+    def _later(self, name: str, delay_ns: int, call: Callable[[], None]) -> None:
+        self._cancel(name)
+        self._timers[name] = self._loop.call_later(delay_ns / S, call)
+
+    def _cancel(self, name: str) -> None:
+        if (timer := self._timers.pop(name, None)) is not None:
+            timer.cancel()

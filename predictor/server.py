@@ -1,8 +1,8 @@
 """The KServe server of this process: the only module that imports kserve, and the only one that knows HTTP and gRPC codes.
 
-KServe's own application answers metadata, readiness, metrics, gRPC and everything unusual; the two routes that carry load (`:predict` and `/infer`
-with JSON) are answered before it, straight from the body's bytes. Owns the listening sockets and the way down: on SIGTERM readiness turns false,
-requests in flight finish, then the process ends.
+KServe's own application answers metadata, readiness, metrics and everything unusual; the two routes that carry load (`:predict` and `/infer` with
+JSON) are answered before it, straight from the body's bytes. Owns the listening sockets and the way down: on SIGTERM readiness turns false, requests
+in flight finish, then the process ends.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import contextlib
 import logging
 import signal
 import socket
-import time
 import warnings
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
+import grpc  # type: ignore[import-untyped]
 import kserve
 import msgspec
 import uvicorn
@@ -24,34 +24,32 @@ import uvloop
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from grpc import StatusCode  # type: ignore[import-untyped]
-from grpc_interceptor.exceptions import GrpcException
+from grpc import StatusCode
+from kserve.constants.constants import GRPC_CONTENT_DATATYPE_MAPPINGS
 from kserve.errors import ModelNotReady
 from kserve.model_server import app as kserve_app
 from kserve.protocol.dataplane import DataPlane
-from kserve.protocol.grpc.grpc_predict_v2_pb2 import InferParameter, ModelInferResponse
-from kserve.protocol.grpc.server import GRPCServer
+from kserve.protocol.grpc.grpc_predict_v2_pb2 import InferParameter, ModelInferRequest, ModelInferResponse
+from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
+from kserve.protocol.grpc.interceptors import ExceptionToStatusInterceptor
+from kserve.protocol.grpc.servicer import InferenceServicer
 from kserve.protocol.infer_type import InferOutput, InferRequest, InferResponse
 from kserve.protocol.model_repository_extension import ModelRepositoryExtension
 from kserve.protocol.rest.server import RESTServer
 
 from contracts.artifact import Signature, TensorSpec
-from contracts.errors import DeadlineExceeded, InvalidValue, NotFound, NotPermitted, Refused, SluiceError, Unavailable
-from contracts.units import MS, S, ms
+from contracts.errors import DeadlineExceeded, InvalidTensor, InvalidValue, NotFound, NotPermitted, Refused, SluiceError, Unavailable
+from contracts.units import S
 from predictor import tensors
-from predictor.dispatch import Dispatcher, Outcome, Ticket
+from predictor.dispatch import Dispatcher, Outcome
+from predictor.front import ClientGone, Encode, Front, Receive, parameters, server_timing, timeout_ns
 from predictor.metrics import Metrics
+from predictor.tensors import Array
 
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Encode = Callable[[dict[str, tensors.Array], Outcome], Any]
 
 _GRACE_S = 30
-_GRPC_MESSAGE_BYTES = 64 << 20
-_WATCH_AFTER_S = 0.05
-"""Who is not answered by then is watched: should the client hang up, its request is cancelled."""
-
 log = logging.getLogger("sluice.predictor")
 
 
@@ -71,10 +69,6 @@ class _BodyTooLarge(InvalidValue):
     """The body is larger than this server takes."""
 
 
-class _ClientGone(Exception):
-    """Nobody is there any more to hear the answer."""
-
-
 _CODES: tuple[tuple[type[SluiceError], int, StatusCode], ...] = (
     (_BodyTooLarge, 413, StatusCode.INVALID_ARGUMENT),
     (InvalidValue, 400, StatusCode.INVALID_ARGUMENT),
@@ -87,21 +81,17 @@ _CODES: tuple[tuple[type[SluiceError], int, StatusCode], ...] = (
 )
 
 
-def _codes(error: SluiceError) -> tuple[int, StatusCode]:
-    return next((http, grpc) for kind, http, grpc in _CODES if isinstance(error, kind))
+def _codes(error: SluiceError) -> tuple[int, StatusCode, dict[str, str]]:
+    """HTTP code, gRPC code, and a Retry-After in whole seconds where another try may succeed."""
+    http, status = next((http, status) for kind, http, status in _CODES if isinstance(error, kind))
+    return http, status, {"retry-after": str(max(1, -(-error.retry_after_ms // 1000)))} if http in (429, 503) else {}
 
 
-def _retry_after(error: SluiceError, code: int) -> dict[str, str]:
-    """The header of 429 and 503, in whole seconds."""
-    return {"retry-after": str(max(1, -(-error.retry_after_ms // 1000)))} if code in (429, 503) else {}
+class Http:
+    """The ASGI application: inference with JSON bodies by itself, all else by KServe's."""
 
-
-class Front:
-    """The ASGI application: inference with JSON bodies itself, all else by KServe's."""
-
-    def __init__(self, dispatcher: Dispatcher, max_body_bytes: int) -> None:
-        self.dispatcher = dispatcher
-        self.draining = False
+    def __init__(self, front: Front, max_body_bytes: int) -> None:
+        self._front = front
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -109,25 +99,27 @@ class Front:
         path = scope.get("path", "")
         if scope["type"] == "http" and scope["method"] == "POST":
             if path.startswith("/v1/models/") and path.endswith(":predict"):
-                await self._serve(path[11:-8], self._predict, scope, receive, send)
+                await self._serve(path[11:-8], _v1, scope, receive, send)
                 return
             if path.startswith("/v2/models/") and path.endswith("/infer") and path.count("/") == 4:
-                await self._serve(path[11:-6], self._infer, scope, receive, send)
+                await self._serve(path[11:-6], _v2, scope, receive, send)
                 return
         await kserve_app(scope, receive, send)
 
-    async def _serve(self, name: str, protocol: Callable[..., Awaitable[tuple[bytes, bytes]]], scope: Scope, receive: Receive, send: Send) -> None:
+    async def _serve(self, name: str, protocol: Callable[..., Any], scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
         if b"inference-header-content-length" in headers or b"ce-specversion" in headers or b"cloudevents" in headers.get(b"content-type", b""):
             await kserve_app(scope, receive, send)
             return
         try:
-            timing, payload = await protocol(name, await self._body(receive), _timeout_ns(headers.get(b"sluice-timeout-ms")), receive)
-            await _respond(send, 200, payload, {"server-timing": timing.decode()} if timing else {})
+            body = await self._body(receive)
+            timeout = timeout_ns(headers.get(b"sluice-timeout-ms"))
+            payload, more = await self._front.infer(name, lambda signature: protocol(name, body, signature), timeout, receive)
+            await _respond(send, 200, payload, more)
         except SluiceError as error:
-            code, _ = _codes(error)
-            await _respond(send, code, tensors.dump({"error": error.message}), _retry_after(error, code))
-        except _ClientGone:
+            code, _, more = _codes(error)
+            await _respond(send, code, tensors.dump({"error": error.message}), more)
+        except ClientGone:
             pass
         except Exception as error:
             log.exception("a request for %s could not be handled", name)
@@ -138,7 +130,7 @@ class Front:
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise _ClientGone
+                raise ClientGone
             chunk = message.get("body", b"")
             size += len(chunk)
             if size > self._max_body_bytes:
@@ -147,117 +139,29 @@ class Front:
             more = message.get("more_body", False)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
-    async def _predict(self, name: str, body: bytes, timeout_ns: int | None, receive: Receive) -> tuple[bytes, bytes]:
-        """V1. Its body has no place for the timing, so that goes into a Server-Timing header."""
 
-        def decode(signature: Signature) -> tuple[dict[str, tensors.Array], Encode]:
-            def encode(outputs: dict[str, tensors.Array], outcome: Outcome) -> tuple[bytes, bytes]:
-                return _server_timing(outcome), tensors.dump(tensors.encode_v1(outputs, signature))
-
-            return tensors.decode_v1(tensors.parse(body), signature), encode
-
-        answer: tuple[bytes, bytes] = await self.infer(name, decode, timeout_ns, receive)
-        return answer
-
-    async def _infer(self, name: str, body: bytes, timeout_ns: int | None, receive: Receive) -> tuple[bytes, bytes]:
-        """V2."""
-
-        def decode(signature: Signature) -> tuple[dict[str, tensors.Array], Encode]:
-            asked = tensors.decode_v2(tensors.parse(body), signature)
-
-            def encode(outputs: dict[str, tensors.Array], outcome: Outcome) -> tuple[bytes, bytes]:
-                return b"", tensors.dump(tensors.encode_v2(name, asked.id, outputs, signature, asked.outputs, parameters(outcome)))
-
-            return asked.inputs, encode
-
-        answer: tuple[bytes, bytes] = await self.infer(name, decode, timeout_ns, receive)
-        return answer
-
-    async def infer(
-        self,
-        name: str,
-        decode: Callable[[Signature], tuple[dict[str, tensors.Array], Encode]],
-        timeout_ns: int | None,
-        receive: Receive | None = None,
-    ) -> Any:
-        """One request, whatever its protocol: `decode` gives the inputs and how to encode the outputs, read before their memory is freed."""
-        served = self.dispatcher.find(name)
-        try:
-            signature = self.dispatcher.signature(served)
-            inputs, encode = decode(signature)
-            ticket = self.dispatcher.submit(served, signature, inputs, timeout_ns)
-            try:
-                with _watched(receive, ticket):
-                    outcome = await ticket.future
-                answer = encode(ticket.outputs, outcome)
-            finally:
-                self.dispatcher.finish(ticket)
-        except SluiceError as error:
-            served.metrics.count(type(error).__name__)
-            raise
-        except _ClientGone:
-            served.metrics.count("cancelled")
-            raise
-        served.metrics.count("ok")
-        served.metrics.total.observe((time.monotonic_ns() - ticket.arrival_ns) / S)
-        return answer
+Answered = tuple[bytes, Mapping[str, str]]
 
 
-@contextlib.contextmanager
-def _watched(receive: Receive | None, ticket: Ticket) -> Iterator[None]:
-    """Ends the wait with _ClientGone when the client hangs up. Costs a task only for requests that wait long."""
-    tasks: list[asyncio.Task[None]] = []
+def _v1(_name: str, body: bytes, signature: Signature) -> tuple[Mapping[str, Array], Encode[Answered]]:
+    """V1. Its answers have no place for the timing, so that goes into a Server-Timing header."""
 
-    async def watch(receive: Receive) -> None:
-        if (await receive())["type"] == "http.disconnect" and not ticket.future.done():
-            ticket.future.set_exception(_ClientGone())
+    def encode(outputs: Mapping[str, Array], outcome: Outcome) -> Answered:
+        return tensors.dump(tensors.encode_v1(outputs, signature)), {"server-timing": server_timing(outcome)}
 
-    if receive is None:
-        yield
-        return
-    loop = asyncio.get_running_loop()
-    timer = loop.call_later(_WATCH_AFTER_S, lambda: tasks.append(loop.create_task(watch(receive))))
-    try:
-        yield
-    finally:
-        timer.cancel()
-        for task in tasks:
-            task.cancel()
+    return tensors.decode_v1(tensors.parse(body), signature), encode
 
 
-def parameters(outcome: Outcome) -> dict[str, Any]:
-    """The timing of an answer, and where its rows lay in which batch, as V2 response parameters."""
-    return {
-        "sluice_queue_ms": ms(outcome.queue_ns),
-        "sluice_swap_ms": ms(outcome.swap_ns),
-        "sluice_run_ms": ms(outcome.run_ns),
-        "sluice_batch": outcome.batch,
-        "sluice_batch_row": outcome.row,
-        "sluice_batch_rows": outcome.rows,
-        "sluice_cold": outcome.cold,
-        "sluice_device": outcome.device,
-    }
+def _v2(name: str, body: bytes, signature: Signature) -> tuple[Mapping[str, Array], Encode[Answered]]:
+    asked = tensors.decode_v2(tensors.parse(body), signature)
+
+    def encode(outputs: Mapping[str, Array], outcome: Outcome) -> Answered:
+        return tensors.dump(tensors.encode_v2(name, asked.id, outputs, signature, asked.outputs, parameters(outcome))), {}
+
+    return asked.inputs, encode
 
 
-def _server_timing(outcome: Outcome) -> bytes:
-    """The same for V1, as the Server-Timing header of the W3C has it."""
-    return b"queue;dur=%.3f, swap;dur=%.3f, run;dur=%.3f" % (ms(outcome.queue_ns), ms(outcome.swap_ns), ms(outcome.run_ns))
-
-
-def _timeout_ns(value: bytes | str | None) -> int | None:
-    if value is None:
-        return None
-    text = value.decode("latin-1") if isinstance(value, bytes) else value
-    try:
-        timeout_ms = float(text)
-    except ValueError:
-        timeout_ms = 0.0
-    if not 0 < timeout_ms < 1e9:
-        raise InvalidValue("must be a number of milliseconds greater than 0", key="Sluice-Timeout-Ms", value=text)
-    return max(1, int(timeout_ms * MS))
-
-
-async def _respond(send: Send, code: int, payload: bytes, headers: dict[str, str]) -> None:
+async def _respond(send: Send, code: int, payload: bytes, headers: Mapping[str, str]) -> None:
     lines = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(payload))]
     lines += [(name.encode(), value.encode()) for name, value in headers.items()]
     if code == 413:
@@ -267,7 +171,7 @@ async def _respond(send: Send, code: int, payload: bytes, headers: dict[str, str
 
 
 class FunctionModel(kserve.Model):  # type: ignore[misc]
-    """One function as KServe sees it: gRPC, CloudEvents and binary bodies come this way."""
+    """One function as KServe sees it. CloudEvents and binary bodies are inferred through here."""
 
     def __init__(self, name: str, front: Front) -> None:
         super().__init__(name)
@@ -295,58 +199,91 @@ class FunctionModel(kserve.Model):  # type: ignore[misc]
         return [{"name": spec.name, "datatype": spec.dtype, "shape": [dim if isinstance(dim, int) else -1 for dim in spec.shape]} for spec in specs]
 
     async def __call__(self, body: Any, headers: dict[str, str] | None = None, verb: Any = None) -> tuple[Any, dict[str, str]]:
-        """A V1 document or a V2 InferRequest; errors leave as what KServe's gRPC server or our handler on its application turn into codes."""
-        over_grpc = isinstance(body, InferRequest) and body.from_grpc
+        """Answers a V1 document or a V2 InferRequest with its like."""
+        decode = _decode_request if isinstance(body, InferRequest) else _decode_document
+        timeout = timeout_ns((headers or {}).get("sluice-timeout-ms"))
+        return await self._front.infer(self.name, lambda signature: decode(self.name, body, signature), timeout), {}
+
+
+def _decode_document(_name: str, document: Any, signature: Signature) -> tuple[Mapping[str, Array], Encode[Any]]:
+    return tensors.decode_v1(document, signature), lambda outputs, _: tensors.parse(tensors.dump(tensors.encode_v1(outputs, signature)))
+
+
+def _decode_request(name: str, request: InferRequest, signature: Signature) -> tuple[Mapping[str, Array], Encode[InferResponse]]:
+    inputs: dict[str, Array] = {}
+    for tensor in request.inputs:
+        tensors.add_input(inputs, signature, tensor.name, list(tensor.shape), tensor.datatype, tensor.data)
+    asked = [{"name": output.name} for output in request.request_outputs] if request.request_outputs else None
+    wanted = tensors.requested(asked, signature)
+
+    def encode(outputs: Mapping[str, Array], outcome: Outcome) -> InferResponse:
+        found = []
+        for spec in signature.outputs:
+            if wanted is None or spec.name in wanted:
+                output = InferOutput(spec.name, list(outputs[spec.name].shape), spec.dtype)
+                output.set_data_from_numpy(outputs[spec.name], binary_data=True)
+                found.append(output)
+        return InferResponse(
+            request.id or "",
+            name,
+            found,
+            parameters=parameters(outcome),
+            use_binary_outputs=request.use_binary_outputs,
+            requested_outputs=request.request_outputs,
+        )
+
+    return inputs, encode
+
+
+class _Servicer(InferenceServicer):  # type: ignore[misc]
+    """KServe's gRPC service; inference goes from the message's bytes to shared memory, under the caller's deadline."""
+
+    def __init__(self, front: Front, data_plane: DataPlane, extension: ModelRepositoryExtension) -> None:
+        super().__init__(data_plane, extension)
+        self._front = front
+
+    async def ModelInfer(self, request: ModelInferRequest, context: grpc.aio.ServicerContext) -> ModelInferResponse:  # noqa: N802
         try:
-            timeout_ns = _timeout_ns((headers or {}).get("sluice-timeout-ms"))
-            return await self._front.infer(self.name, lambda signature: self._decode(body, signature), timeout_ns), {}
+            return await self._front.infer(request.model_name, lambda signature: _decode_grpc(request, signature), _grpc_timeout_ns(context))
         except SluiceError as error:
-            if over_grpc:
-                raise GrpcException(error.message, _codes(error)[1]) from None
-            raise
-
-    def _decode(self, body: Any, signature: Signature) -> tuple[dict[str, tensors.Array], Encode]:
-        if not isinstance(body, InferRequest):
-            inputs = tensors.decode_v1(body, signature)
-            return inputs, lambda outputs, _: tensors.parse(tensors.dump(tensors.encode_v1(outputs, signature)))
-        inputs = {}
-        for tensor in body.inputs:
-            raw = tensor._raw_data
-            data = bytes(raw) if raw is not None else None if tensor.data is None else list(tensor.data)
-            tensors.add_input(inputs, signature, tensor.name, list(tensor.shape), tensor.datatype, data)
-        asked = [{"name": output.name} for output in body.request_outputs] if body.request_outputs else None
-        wanted = tensors.requested(asked, signature) or tuple(spec.name for spec in signature.outputs)
-        encode = _encode_grpc if body.from_grpc else _encode_kserve
-        return inputs, lambda outputs, outcome: encode(self.name, body, signature, {name: outputs[name] for name in wanted}, outcome)
+            _, status, more = _codes(error)
+            await context.abort(status, error.message, tuple(more.items()))
+        except Exception as error:
+            log.exception("a gRPC request for %s could not be handled", request.model_name)
+            await context.abort(StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
 
 
-def _encode_grpc(name: str, request: InferRequest, signature: Signature, outputs: dict[str, tensors.Array], outcome: Outcome) -> ModelInferResponse:
-    response = ModelInferResponse(model_name=name, id=request.id or "")
-    dtypes = {spec.name: spec.dtype for spec in signature.outputs}
-    for key, value in parameters(outcome).items():
-        field = "bool_param" if isinstance(value, bool) else "int64_param" if isinstance(value, int) else "string_param"
-        response.parameters[key].CopyFrom(InferParameter(double_param=value) if isinstance(value, float) else InferParameter(**{field: value}))
-    for output, array in outputs.items():
-        response.outputs.add(name=output, datatype=dtypes[output], shape=array.shape)
-        response.raw_output_contents.append(array.tobytes())
-    return response
+def _grpc_timeout_ns(context: grpc.aio.ServicerContext) -> int | None:
+    """The shorter of the call's deadline and its `sluice-timeout-ms`; None when it has neither."""
+    left_s = context.time_remaining()
+    asked = timeout_ns(dict(context.invocation_metadata()).get("sluice-timeout-ms"))
+    given = [limit for limit in (asked, None if left_s is None else max(1, int(left_s * S))) if limit is not None]
+    return min(given, default=None)
 
 
-def _encode_kserve(name: str, request: InferRequest, signature: Signature, outputs: dict[str, tensors.Array], outcome: Outcome) -> InferResponse:
-    found = []
-    for spec in signature.outputs:
-        if spec.name in outputs:
-            output = InferOutput(spec.name, list(outputs[spec.name].shape), spec.dtype)
-            output._raw_data = outputs[spec.name].tobytes()
-            found.append(output)
-    return InferResponse(
-        response_id=request.id,
-        model_name=name,
-        infer_outputs=found,
-        parameters=parameters(outcome),
-        use_binary_outputs=request.use_binary_outputs,
-        requested_outputs=request.request_outputs,
-    )
+def _decode_grpc(request: ModelInferRequest, signature: Signature) -> tuple[Mapping[str, Array], Encode[ModelInferResponse]]:
+    raw = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        raise InvalidTensor(f"must be one for each of the {len(request.inputs)} inputs", key="raw_input_contents", value=len(raw))
+    inputs: dict[str, Array] = {}
+    for number, tensor in enumerate(request.inputs):
+        field = GRPC_CONTENT_DATATYPE_MAPPINGS.get(tensor.datatype)
+        data = raw[number] if raw else list(getattr(tensor.contents, field)) if field else None
+        tensors.add_input(inputs, signature, tensor.name, list(tensor.shape), tensor.datatype, data)
+    wanted = tensors.requested([{"name": output.name} for output in request.outputs] or None, signature)
+
+    def encode(outputs: Mapping[str, Array], outcome: Outcome) -> ModelInferResponse:
+        response = ModelInferResponse(model_name=request.model_name, id=request.id)
+        for key, value in parameters(outcome).items():  # KServe's message has no floating point parameter: those go as text
+            kind = "bool_param" if isinstance(value, bool) else "int64_param" if isinstance(value, int) else "string_param"
+            response.parameters[key].CopyFrom(InferParameter(**{kind: str(value) if kind == "string_param" else value}))
+        for spec in signature.outputs:
+            if wanted is None or spec.name in wanted:
+                response.outputs.add(name=spec.name, datatype=spec.dtype, shape=outputs[spec.name].shape)
+                response.raw_output_contents.append(outputs[spec.name].tobytes())
+        return response
+
+    return inputs, encode
 
 
 class _Functions(kserve.ModelRepository):  # type: ignore[misc]
@@ -378,8 +315,8 @@ class _DataPlane(DataPlane):  # type: ignore[misc]
 
 
 async def _on_sluice_error(_: Request, error: SluiceError) -> JSONResponse:
-    code, _grpc = _codes(error)
-    return JSONResponse({"error": error.message}, code, _retry_after(error, code))
+    code, _status, headers = _codes(error)
+    return JSONResponse({"error": error.message}, code, headers)
 
 
 async def _on_not_ready(_: Request, error: ModelNotReady) -> JSONResponse:
@@ -403,42 +340,51 @@ def serve(settings: Settings) -> int:
     logging.getLogger("kserve").setLevel(logging.CRITICAL)  # it logs a traceback for every 404
     warnings.filterwarnings("ignore", module="fastapi.routing")  # about KServe's own use of FastAPI
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_run(settings))
+        try:
+            return runner.run(_run(settings))
+        except (OSError, RuntimeError) as error:  # gRPC's error for a port that is taken is a RuntimeError
+            log.error("cannot serve: %s", error)
+            return 1
 
 
 async def _run(settings: Settings) -> int:
     loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
     dispatcher = Dispatcher(settings.agent_path, settings.segment_bytes, Metrics())
-    front = Front(dispatcher, settings.max_body_bytes)
+    front = Front(dispatcher)
     data_plane = _DataPlane(front)
     extension = ModelRepositoryExtension(data_plane.model_registry)
     RESTServer("kserve.model_server:app", data_plane, extension, settings.http_port).create_application()
     for kind, handler in ((SluiceError, _on_sluice_error), (ModelNotReady, _on_not_ready), (RequestValidationError, _on_bad_request)):
         kserve_app.add_exception_handler(kind, handler)
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
     listener = socket.create_server((settings.host, settings.http_port), backlog=2048)
-    server = _Server(uvicorn.Config(front, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=_GRACE_S))
-    serving = [loop.create_task(server.serve([listener]))]
-    grpc = None
-    if settings.grpc_port is not None:
-        limits = {"grpc_max_send_message_length": _GRPC_MESSAGE_BYTES, "grpc_max_receive_message_length": _GRPC_MESSAGE_BYTES}
-        grpc = GRPCServer(settings.grpc_port, data_plane, extension, limits, _GRACE_S)
-        serving.append(loop.create_task(grpc.start(1)))
+    application = Http(front, settings.max_body_bytes)
+    server = _Server(
+        uvicorn.Config(application, log_config=None, access_log=False, proxy_headers=False, lifespan="off", timeout_graceful_shutdown=_GRACE_S)
+    )
+    serving = loop.create_task(server.serve([listener]))
+    rpc = None if settings.grpc_port is None else await _start_grpc(settings, _Servicer(front, data_plane, extension))
     dispatcher.client.start()
     log.info("serving on http://%s:%d", *listener.getsockname()[:2])
     stopping = loop.create_task(stop.wait())
-    await asyncio.wait([*serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
     front.draining = True
     await asyncio.sleep(settings.linger_ms / 1000)
     server.should_exit = True
-    if grpc is not None:
-        await grpc.stop()
-    stopping.cancel()
-    outcomes = await asyncio.gather(*serving, return_exceptions=True)
+    if rpc is not None:
+        await rpc.stop(_GRACE_S)
+    await serving
     dispatcher.client.close()
-    failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-    for failure in failures:
-        log.error("the server failed: %r", failure)
-    return 1 if failures else 0
+    return 0 if stop.is_set() else 1
+
+
+async def _start_grpc(settings: Settings, servicer: _Servicer) -> grpc.aio.Server:
+    options = [(f"grpc.max_{way}_message_length", settings.max_body_bytes) for way in ("send", "receive")]
+    rpc = grpc.aio.server(interceptors=(ExceptionToStatusInterceptor(),), options=options)
+    add_GRPCInferenceServiceServicer_to_server(servicer, rpc)
+    port = rpc.add_insecure_port(f"{settings.host}:{settings.grpc_port}")
+    await rpc.start()
+    log.info("serving gRPC on %s:%d", settings.host, port)
+    return rpc

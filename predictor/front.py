@@ -1,0 +1,120 @@
+"""One inference request, whatever protocol it came by: decoded, dispatched, awaited, encoded, counted.
+
+Owns the order of these steps, and that a request's memory is given back however it ends. Knows no codes, no routes and no kserve.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from typing import Any, TypeVar
+
+from contracts.artifact import Signature
+from contracts.errors import InvalidValue, SluiceError
+from contracts.units import MS, S, ms
+from predictor.dispatch import Dispatcher, Outcome, Ticket
+from predictor.tensors import Array
+
+T = TypeVar("T")
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Encode = Callable[[Mapping[str, Array], Outcome], T]
+
+_WATCH_AFTER_S = 0.05
+"""Who is not answered by then is watched: should the client hang up, its request is cancelled."""
+
+
+class ClientGone(Exception):
+    """Nobody is there any more to hear the answer."""
+
+
+class Front:
+    """What all protocols share. `draining`: on the way down, so not ready, but what comes is still served."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self.dispatcher = dispatcher
+        self.draining = False
+
+    async def infer(
+        self, name: str, decode: Callable[[Signature], tuple[Mapping[str, Array], Encode[T]]], timeout_ns: int | None, receive: Receive | None = None
+    ) -> T:
+        """The encoded answer of the model `name`; any SluiceError, or ClientGone where `receive` (ASGI) says so.
+
+        `decode` gives the inputs, and the function that encodes the outputs: it reads them in shared memory, before that is freed.
+        """
+        served = self.dispatcher.find(name)
+        try:
+            signature = self.dispatcher.signature(served)
+            inputs, encode = decode(signature)
+            ticket = self.dispatcher.submit(served, signature, inputs, timeout_ns)
+            try:
+                with _watched(receive, ticket):
+                    outcome = await ticket.future
+                answer = encode(ticket.outputs, outcome)
+            finally:
+                self.dispatcher.finish(ticket)
+        except SluiceError as error:
+            served.metrics.count(type(error).__name__)
+            raise
+        except (ClientGone, asyncio.CancelledError):
+            served.metrics.count("cancelled")
+            raise
+        served.metrics.count("ok")
+        served.metrics.total.observe((time.monotonic_ns() - ticket.arrival_ns) / S)
+        return answer
+
+
+@contextlib.contextmanager
+def _watched(receive: Receive | None, ticket: Ticket) -> Iterator[None]:
+    """Ends the wait with ClientGone when the client hangs up. Costs a task only for requests that wait long."""
+    tasks: list[asyncio.Task[None]] = []
+
+    async def watch(receive: Receive) -> None:
+        if (await receive())["type"] == "http.disconnect" and not ticket.future.done():
+            ticket.future.set_exception(ClientGone())
+
+    if receive is None:
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    timer = loop.call_later(_WATCH_AFTER_S, lambda: tasks.append(loop.create_task(watch(receive))))
+    try:
+        yield
+    finally:
+        timer.cancel()
+        for task in tasks:
+            task.cancel()
+
+
+def parameters(outcome: Outcome) -> dict[str, Any]:
+    """The timing of an answer, and where its rows lay in which batch, as V2 response parameters."""
+    return {
+        "sluice_queue_ms": ms(outcome.queue_ns),
+        "sluice_swap_ms": ms(outcome.swap_ns),
+        "sluice_run_ms": ms(outcome.run_ns),
+        "sluice_batch": outcome.batch,
+        "sluice_batch_row": outcome.row,
+        "sluice_batch_rows": outcome.rows,
+        "sluice_cold": outcome.cold,
+        "sluice_device": outcome.device,
+    }
+
+
+def server_timing(outcome: Outcome) -> str:
+    """The same for V1, as the Server-Timing header of the W3C has it."""
+    return f"queue;dur={ms(outcome.queue_ns):.3f}, swap;dur={ms(outcome.swap_ns):.3f}, run;dur={ms(outcome.run_ns):.3f}"
+
+
+def timeout_ns(value: bytes | str | None) -> int | None:
+    """The `Sluice-Timeout-Ms` of a request in ns, None without one; InvalidValue if it is no number of milliseconds."""
+    if value is None:
+        return None
+    text = value.decode("latin-1") if isinstance(value, bytes) else value
+    try:
+        timeout_ms = float(text)
+    except ValueError:
+        timeout_ms = 0.0
+    if not 0 < timeout_ms < 1e9:
+        raise InvalidValue("must be a number of milliseconds greater than 0", key="Sluice-Timeout-Ms", value=text)
+    return max(1, int(timeout_ms * MS))
