@@ -32,6 +32,7 @@ class ForkServer:
         self._loop = asyncio.get_running_loop()
         self._channel: AsyncChannel | None = None
         self._process: asyncio.subprocess.Process | None = None
+        self._watch: asyncio.Task[None] | None = None
         self._waiting: list[tuple[Spawn, tuple[int, ...]]] = []
         self._delay_s = 0.0
         self._stopping = False
@@ -85,6 +86,7 @@ class ForkServer:
                 ours.close()
                 self._died.set()
                 return
+        self._watch = self._loop.create_task(self._watch_exit(self._process))
         self._channel = AsyncChannel(ours, Message, self._on_message, self._on_close)
         waiting, self._waiting = self._waiting, []
         for message, fds in waiting:
@@ -95,14 +97,18 @@ class ForkServer:
     async def _reap(self) -> None:
         if self._channel is not None:
             self._channel.close()
-        if self._process is None:
+        if self._process is None or self._watch is None:
             return
-        try:
-            await asyncio.wait_for(self._process.wait(), _EXIT_S if self._stopping else 0.2)
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-            await self._process.wait()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(self._watch), _EXIT_S)
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._watch
+
+    async def _watch_exit(self, process: asyncio.subprocess.Process) -> None:
+        """Its end counts, not the channel's: a lane might hold the other end open."""
+        await process.wait()
+        self._died.set()
 
     def _on_message(self, message: Message, fds: list[int]) -> None:
         raise AssertionError(f"a fork server sends nothing, got {message!r} {fds!r}")

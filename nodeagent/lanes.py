@@ -7,15 +7,17 @@ Decides nothing: which lane starts, runs and stops comes as a command.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 from contracts.errors import ProtocolError, Unavailable
 from contracts.lane_page import LanePage
-from contracts.units import format_bytes
+from contracts.units import KIB, format_bytes
 from contracts.wire import Spawn
 from nodeagent.events import StartLane
 from nodeagent.forkserver import ForkServer
@@ -26,6 +28,7 @@ from nodeagent.outbox import Outbox
 _log = logging.getLogger(__name__)
 _READY_S = 120.0
 _EXIT_S = 5.0
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 class LanesOwner(LaneOwner, Protocol):
@@ -49,6 +52,7 @@ class Lanes:
         self._lanes: dict[int, Lane] = {}
         self._deadlines: dict[int, asyncio.TimerHandle] = {}
         self._endings: set[asyncio.Task[None]] = set()
+        _check_memory(len(options.devices) * options.device_bytes)
         self._slabs = {device: _make_slab(device, options.device_bytes) for device in options.devices}
         self._fork_server = ForkServer(options.worker_command)
 
@@ -134,6 +138,17 @@ class Lanes:
             lane.pidfd = -1
         del self._lanes[lane.spec.lane]
         self._owner.lane_lost(lane)
+
+
+def _check_memory(nbytes: int) -> None:
+    """Unavailable when the slabs cannot fit: reserving them would call the kernel's OOM killer on others before it failed."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text("ascii").splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * KIB
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (int((_CGROUP / name).read_text("ascii")) for name in ("memory.max", "memory.current"))
+        available = min(available, limit - used)
+    if nbytes > available:
+        raise Unavailable(f"the devices need {format_bytes(nbytes)}, {format_bytes(available)} of memory are free: use a smaller --device-memory")
 
 
 def _make_slab(device: str, nbytes: int) -> int:

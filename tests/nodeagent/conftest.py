@@ -1,0 +1,59 @@
+"""Agents for the tests of the shell: each on a run dir of its own, and nothing left of it afterwards."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.nodeagent.node import Control, Node, Predictor, short_folder
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder with a short path."""
+    with short_folder() as path:
+        yield path
+
+
+@pytest.fixture
+def start(folder: Path) -> Iterator[Callable[..., Node]]:
+    """Starts agents on one run dir; the last test's line ends them all."""
+    nodes: list[Node] = []
+
+    def start(*arguments: str, **settings: str) -> Node:
+        nodes.append(Node(folder / "run", *arguments, **settings))
+        return nodes[-1]
+
+    yield start
+    for node in nodes:
+        node.kill()
+        assert node.process.stderr is not None
+        node.process.stderr.close()
+        shutil.rmtree(node.store, ignore_errors=True)
+
+
+@pytest.fixture
+def node(start: Callable[..., Node]) -> Node:
+    """A running agent of the fakes."""
+    return start().ready()
+
+
+@pytest.fixture
+def control(node: Node) -> Iterator[Control]:
+    """Its control connection; every function is granted to this process."""
+    control = Control(node.run_dir)
+    control.grant()
+    yield control
+    control.channel.close()
+
+
+@pytest.fixture
+def predictor(node: Node, control: Control) -> Iterator[Predictor]:
+    """A predictor of this process that has been welcomed."""
+    predictor = Predictor(node.run_dir)
+    assert predictor.receive()
+    yield predictor
+    predictor.close()
