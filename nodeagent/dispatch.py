@@ -59,12 +59,21 @@ class Dispatcher:
         self._open_devices[request.lane.device.spec.id] = request.lane.device
 
     def requeue_due(self, now_ns: int) -> None:
-        """Looks again at all whose urgency has changed with time."""
+        """Looks again at all whose urgency has changed with time, and at devices where a lane may be started again after a failure."""
+        for device in self._device_list:
+            if 0 < device.start_after_ns <= now_ns:
+                device.start_after_ns = 0
+                self._open_devices[device.spec.id] = device
         for item in self.ready.due(now_ns):
             if isinstance(item, FunctionState):
                 self.requeue(item, now_ns)
             elif item.lane is not None and item.lane.request is item and item.lane.state is LaneState.PAUSED:
                 self.requeue_paused(item, now_ns)
+
+    @property
+    def next_ns(self) -> int:
+        """When `requeue_due` next has something to do."""
+        return min([self.ready.next_ns, *(device.start_after_ns for device in self._device_list if device.start_after_ns)])
 
     def _place(self, item: FunctionState | RequestState, function: FunctionState, head: RequestState, estimate_ns: int, now_ns: int) -> None:
         tier, change_ns = function.account.tier(now_ns)
@@ -73,6 +82,8 @@ class Dispatcher:
         latest_start_ns = head.slo_deadline_ns - estimate_ns
         if tier in (Tier.STARVED, Tier.LS_OVERDUE, Tier.BE_OVERDUE):
             order: tuple[object, ...] = (False, function.account.due_ns)
+        elif tier is Tier.BLOCKED:
+            order = ()
         elif latest_start_ns >= now_ns:
             order = (False, latest_start_ns)
             change_ns = min(change_ns, latest_start_ns + 1)

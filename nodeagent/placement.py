@@ -29,8 +29,10 @@ class SwapTo(msgspec.Struct, frozen=True):
 
 
 class WaitFor(msgspec.Struct, frozen=True):
-    """Stay queued. `lane_wanted`: this device has the SMs and the memory, but no lane of the right size is free. `holder_ns`: a holder is free sooner
-    than a swap would take, in so many ns; 0: not by choice.
+    """Stay queued.
+
+    `lane_wanted`: this device has the SMs and the memory, but no lane of the right size is free. `holder_ns`: a device that holds the weights is free
+    in so many ns, sooner than a swap would take; 0: it does not wait by choice.
     """
 
     lane_wanted: Device | None = None
@@ -47,7 +49,7 @@ def choose(
 ) -> Choice:
     """Where the function's next batch should run, of the candidates; `devices` are all, `owners` the functions by number."""
     sm_percent, _ = key = function.lane_key
-    open_lanes: list[tuple[int, int, Lane]] = []
+    open_lanes: list[tuple[int, bool, int, Lane]] = []
     wanted: Device | None = None
     for at, device in enumerate(candidates):
         if device.running_sm + sm_percent > 100 or (device.held_for is not None and device.held_for is not function):
@@ -56,7 +58,8 @@ def choose(
         if extent is None:
             lane = device.idle_lane(key)
             if lane is not None:
-                open_lanes.append((device.link.swap_ns(function.spec.weight_bytes), at, lane))
+                full = device.memory.used_bytes + function.spec.weight_bytes > device.memory.capacity_bytes
+                open_lanes.append((device.link.swap_ns(function.spec.weight_bytes), full, at, lane))
         elif extent.resident:
             lane = device.idle_lane(key)
             if lane is not None:
@@ -70,7 +73,7 @@ def choose(
             wanted = device
     if open_lanes:
         wait_ns = min((_wait_ns(devices[id_], extent, now_ns) for id_, extent in function.extents.items()), default=NEVER_NS)
-        for swap_ns, _, lane in sorted(open_lanes, key=lambda entry: entry[:2]):
+        for swap_ns, _, _, lane in sorted(open_lanes, key=lambda entry: entry[:3]):
             if wait_ns <= swap_ns:
                 return WaitFor(holder_ns=max(1, wait_ns))
             place = find_place(function, lane.device, owners, now_ns)

@@ -60,9 +60,7 @@ class NodeState:
 
     def next_tick_ns(self) -> int | None:
         """When a Tick is needed if nothing else happens first; None when never."""
-        at = min(self._deadlines[0][0] if self._deadlines else NEVER_NS, self.dispatcher.ready.next_ns, self._reap_at_ns)
-        if len(self.dispatcher.ready):
-            at = min((d.start_after_ns for d in self.devices.values() if d.failed_starts and d.start_after_ns), default=at) if at == NEVER_NS else at
+        at = min(self._deadlines[0][0] + 1 if self._deadlines else NEVER_NS, self.dispatcher.next_ns, self._reap_at_ns)
         return None if at == NEVER_NS else at
 
     def refusal(self, key: str, share: Share, weight_bytes: int = 0) -> str | None:
