@@ -33,10 +33,11 @@ class Extent:
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Where weights can go, once these owners are evicted."""
+    """Where weights can go, once these owners are evicted, which costs `cost`."""
 
     offset: int
     victims: tuple[int, ...]
+    cost: float = 0.0
 
 
 def aligned(nbytes: int) -> int:
@@ -121,5 +122,5 @@ class DeviceMemory:
                 best = (total, start, first, last)
         if best is None:
             return None
-        _, start, first, last = best
-        return Place(start, tuple(extent.owner for extent in self._ordered[first : last + 1]))
+        total, start, first, last = best
+        return Place(start, tuple(extent.owner for extent in self._ordered[first : last + 1]), total)

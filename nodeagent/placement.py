@@ -73,12 +73,18 @@ def choose(
             wanted = device
     if open_lanes:
         wait_ns = min((_wait_ns(devices[id_], extent, now_ns) for id_, extent in function.extents.items()), default=NEVER_NS)
-        for swap_ns, _, _, lane in sorted(open_lanes, key=lambda entry: entry[:3]):
-            if wait_ns <= swap_ns:
-                return WaitFor(holder_ns=max(1, wait_ns))
+        open_lanes.sort(key=lambda entry: entry[:3])
+        if wait_ns <= open_lanes[0][0]:
+            return WaitFor(holder_ns=max(1, wait_ns))
+        best: SwapTo | None = None
+        for at, (swap_ns, _, _, lane) in enumerate(open_lanes):
+            if best is not None and (not best.place.cost or swap_ns > open_lanes[at - 1][0]):
+                break
             place = find_place(function, lane.device, owners, now_ns)
-            if place is not None:
-                return SwapTo(lane, place)
+            if place is not None and (best is None or place.cost < best.place.cost):
+                best = SwapTo(lane, place)
+        if best is not None:
+            return best
     return WaitFor(lane_wanted=wanted)
 
 

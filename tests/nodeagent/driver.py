@@ -126,7 +126,7 @@ class Driver:
     def lose(self, lane: int) -> list[ev.Command]:
         """A lane dies."""
         for where in (self.up, self.starting, self.running, self.paused):
-            where.pop(lane, None)  # type: ignore[attr-defined]
+            where.pop(lane, None)
         self.preempted.discard(lane)
         for copy in [copy for copy, (owner, _) in self.copies.items() if owner == lane]:
             del self.copies[copy], self.copied[copy]

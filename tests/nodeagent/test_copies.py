@@ -18,8 +18,7 @@ def move(link: Link, now_ns: int, chunks: int, order: list[int] | None = None) -
     waiting: list[tuple[int, int]] = [(number, t.granted_bytes) for number, t in link.tasks.items() if t.granted_bytes > t.copied_bytes]
     moved = order if order is not None else []
     for _ in range(chunks):
-        for granted in link.grant(now_ns):
-            waiting.append((granted.copy, granted.granted_bytes))
+        waiting += [(granted.copy, granted.granted_bytes) for granted in link.grant(now_ns)]
         if not waiting:
             break
         number, until = waiting.pop(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -48,14 +49,14 @@ def test_the_smallest_hole_that_fits_is_used() -> None:
 def test_the_cheapest_neighbours_are_evicted() -> None:
     memory = filled(4096, 1024, 1024, 1024, 1024)
     costs = {1: 5.0, 2: 1.0, 3: 1.0, 4: 4.0}
-    assert memory.find(9, 2048, lambda extent: costs[extent.owner]) == Place(1024, (2, 3))
+    assert memory.find(9, 2048, lambda extent: costs[extent.owner]) == Place(1024, (2, 3), 2.0)
 
 
 def test_holes_beside_a_victim_count() -> None:
     memory = filled(4096, 1024, 1024, 1024, 1024)
     memory.drop(2)
     costs = {1: 3.0, 3: 2.0, 4: 1.0}
-    assert memory.find(9, 2048, lambda extent: costs[extent.owner]) == Place(1024, (3,))
+    assert memory.find(9, 2048, lambda extent: costs[extent.owner]) == Place(1024, (3,), 2.0)
 
 
 def test_no_more_is_evicted_than_is_needed() -> None:
@@ -99,5 +100,5 @@ def test_places_are_always_free_and_inside(chance: random.Random, steps: int) ->
         if chance.random() < 0.2:
             pinned.add(owner)
     ordered = sorted(memory.extents.values(), key=lambda extent: extent.offset)
-    assert all(a.end <= b.offset for a, b in zip(ordered, ordered[1:], strict=False))
+    assert all(a.end <= b.offset for a, b in pairwise(ordered))
     assert memory.used_bytes == sum(extent.end - extent.offset for extent in ordered)

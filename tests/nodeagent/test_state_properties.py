@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -31,7 +32,14 @@ class History:
         """One event."""
         driver, chance = self.driver, self.chance
         driver.now_ns += chance.choice((0, 1000, MS, 20 * MS, 300 * MS))
-        options = [(self.arrive, 8), (self.finish, 6), (self.copy, 6), (self.lane_up, 4), (self.pause, 3), (self.declare, 1)]
+        options: list[tuple[Callable[[], None], float]] = [
+            (self.arrive, 8),
+            (self.finish, 6),
+            (self.copy, 6),
+            (self.lane_up, 4),
+            (self.pause, 3),
+            (self.declare, 1),
+        ]
         options += [(self.share, 1), (self.lose, 1), (self.cancel, 1), (self.tick, 1), (self.remove, 0.3)]
         (step,) = chance.choices([o for o, _ in options], [w for _, w in options])
         step()
@@ -40,7 +48,7 @@ class History:
         if len(self.names) >= 12:
             return
         self.generations += 1
-        name = f"f{chance_name}" if (chance_name := self.generations % 15) not in self.names else f"g{self.generations}"
+        name = f"f{self.generations % 15}"
         share = self.chance.choice(SHARES)
         if self.driver.state.refusal(name, Share.of(*share)) is None:
             cls = self.chance.choice(("latency-sensitive", "best-effort"))
@@ -71,8 +79,9 @@ class History:
     def finish(self) -> None:
         if self.driver.running:
             lane = self.chance.choice(sorted(self.driver.running))
-            copy = self.driver.running[lane].copy
-            if not copy or self.driver.state.lanes[lane].request.extent.resident:
+            request = self.driver.state.lanes[lane].request
+            assert request is not None
+            if request.extent.resident:
                 self.driver.finish(lane, self.chance.choice((1000, MS, 10 * MS, 400 * MS)), ok=self.chance.random() < 0.9)
 
     def pause(self) -> None:
