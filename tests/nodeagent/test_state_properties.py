@@ -39,8 +39,12 @@ class History:
             (self.lane_up, 4),
             (self.pause, 3),
             (self.declare, 1),
+            (self.share, 1),
+            (self.lose, 1),
+            (self.cancel, 1),
+            (self.tick, 1),
+            (self.remove, 0.3),
         ]
-        options += [(self.share, 1), (self.lose, 1), (self.cancel, 1), (self.tick, 1), (self.remove, 0.3)]
         (step,) = chance.choices([o for o, _ in options], [w for _, w in options])
         step()
 
