@@ -21,6 +21,10 @@ def reading(path: Path) -> Iterator[None]:
     """Turns whatever a reader of `path` raises into InvalidArtifact that names the file."""
     try:
         yield
+    except InvalidArtifact as error:
+        if str(path) in error.message:
+            raise
+        raise InvalidArtifact(f"cannot be served ({error.message})", key="model", value=str(path)) from error
     except SluiceError:
         raise
     except (Exception, RecursionError) as error:
