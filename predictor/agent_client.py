@@ -43,7 +43,11 @@ log = logging.getLogger("sluice.predictor")
 
 
 class Batch:
-    """Requests that run together. `placements` are its parts in order; `done` hears its one outcome; `wanted` is False once nobody waits for it."""
+    """Requests that run together.
+
+    `placements` are its parts in order; `done` hears its one outcome; one that is not
+    `wanted` (nobody waits for it) is never sent.
+    """
 
     __slots__ = ("deadline_ns", "done", "function", "id", "placements", "rows", "sent", "slo_deadline_ns", "submitted_ns", "wanted")
 
@@ -189,6 +193,7 @@ class AgentClient:
         try:
             self._channel.send(batch.message())
         except ProtocolError as error:
+            batch.wanted = False
             self._loop.call_soon(self._finish, batch.id, error)
 
     def _finish(self, id_: int, outcome: Answer | SluiceError) -> None:
@@ -223,7 +228,7 @@ class AgentClient:
         if info.state != "loading":
             self._recovering.discard(key)
         if self.live(key):
-            for batch in [batch for batch in self._batches.values() if batch.function == key and not batch.sent]:
+            for batch in [batch for batch in self._batches.values() if batch.function == key and batch.wanted and not batch.sent]:
                 self._send_again(batch)
         elif info.state == "failed":
             self._fail_unsent(key, Unavailable(f"{key} cannot be served: {info.reason}"))
@@ -231,7 +236,7 @@ class AgentClient:
 
     def _send_again(self, batch: Batch) -> None:
         if time.monotonic_ns() >= batch.deadline_ns:
-            self._loop.call_soon(self._finish, batch.id, DeadlineExceeded("the deadline passed while the node agent was away"))
+            self._finish(batch.id, DeadlineExceeded("the deadline passed while the node agent was away"))
             return
         if batch.submitted_ns:
             self._listener.on_retry(batch.function)

@@ -337,6 +337,7 @@ class _Server(uvicorn.Server):
 
 def serve(settings: Settings) -> int:
     """Serves until SIGTERM or SIGINT; 0 after a clean drain."""
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.getLogger("kserve").setLevel(logging.CRITICAL)  # it logs a traceback for every 404
     warnings.filterwarnings("ignore", module="fastapi.routing")  # about KServe's own use of FastAPI
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -359,7 +360,8 @@ async def _run(settings: Settings) -> int:
     RESTServer("kserve.model_server:app", data_plane, extension, settings.http_port).create_application()
     for kind, handler in ((SluiceError, _on_sluice_error), (ModelNotReady, _on_not_ready), (RequestValidationError, _on_bad_request)):
         kserve_app.add_exception_handler(kind, handler)
-    listener = socket.create_server((settings.host, settings.http_port), backlog=2048)
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.create_server((settings.host, settings.http_port), family=family, backlog=2048)
     application = Http(front, settings.max_body_bytes)
     server = _Server(
         uvicorn.Config(application, log_config=None, access_log=False, proxy_headers=False, lifespan="off", timeout_graceful_shutdown=_GRACE_S)
@@ -367,11 +369,12 @@ async def _run(settings: Settings) -> int:
     serving = loop.create_task(server.serve([listener]))
     rpc = None if settings.grpc_port is None else await _start_grpc(settings, _Servicer(front, data_plane, extension))
     dispatcher.client.start()
-    log.info("serving on http://%s:%d", *listener.getsockname()[:2])
+    log.info("serving on http://%s:%d", _authority(settings.host), listener.getsockname()[1])
     stopping = loop.create_task(stop.wait())
     await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
     front.draining = True
     await asyncio.sleep(settings.linger_ms / 1000)
+    log.info("stopping: no new connections, finishing what is in flight")
     server.should_exit = True
     if rpc is not None:
         await rpc.stop(_GRACE_S)
@@ -384,7 +387,11 @@ async def _start_grpc(settings: Settings, servicer: _Servicer) -> grpc.aio.Serve
     options = [(f"grpc.max_{way}_message_length", settings.max_body_bytes) for way in ("send", "receive")]
     rpc = grpc.aio.server(interceptors=(ExceptionToStatusInterceptor(),), options=options)
     add_GRPCInferenceServiceServicer_to_server(servicer, rpc)
-    port = rpc.add_insecure_port(f"{settings.host}:{settings.grpc_port}")
+    port = rpc.add_insecure_port(f"{_authority(settings.host)}:{settings.grpc_port}")
     await rpc.start()
-    log.info("serving gRPC on %s:%d", settings.host, port)
+    log.info("serving gRPC on %s:%d", _authority(settings.host), port)
     return rpc
+
+
+def _authority(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

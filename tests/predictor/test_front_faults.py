@@ -144,7 +144,7 @@ async def test_sigterm_turns_readiness_off_finishes_what_runs_and_ends(start: Ca
         front.process.send_signal(signal.SIGTERM)
         await asyncio.to_thread(front.until, lambda: front.http.get("/v2/models/double/ready").status_code == 503)
         asked.append(asyncio.create_task(_ask(client, 110)))
-        await asyncio.to_thread(front.until, lambda: "Shutting down" in front.log)
+        await asyncio.to_thread(front.until, lambda: "stopping" in front.log)
         agent.release()
         for number, response in await asyncio.gather(*asked):
             assert response.json() == {"predictions": [[2 * number, 4, 6, 8]]}
