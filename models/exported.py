@@ -47,7 +47,7 @@ _DTYPES = {
     35: torch.uint64,
 }
 _MEMORY_FORMATS = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.channels_last_3d, 4: torch.preserve_format}
-_PLAIN = ("as_int", "as_ints", "as_float", "as_floats", "as_bool", "as_bools", "as_string", "as_strings")
+_PLAIN = ("as_int", "as_ints", "as_bool", "as_bools", "as_string", "as_strings")
 
 
 class _Value(NamedTuple):
@@ -259,6 +259,10 @@ def _argument(arg: schema.Argument) -> Any:
     match kind:
         case "as_none":
             return None
+        case "as_float":
+            return float(value)  # the schema writes infinities and NaN as text
+        case "as_floats":
+            return [float(item) for item in value]
         case "as_tensor":
             return _Value(value["name"])
         case "as_tensors":
@@ -283,7 +287,7 @@ def _argument(arg: schema.Argument) -> Any:
 
 def _symbolic(value: dict[str, Any]) -> Any:
     kind, inner = next(iter(value.items()))
-    return _Value(inner) if kind == "as_name" else inner
+    return _Value(inner) if kind == "as_name" else float(inner) if kind == "as_float" else inner
 
 
 def _names(value: Any) -> list[str]:

@@ -19,19 +19,19 @@ class Mixed(nn.Module):
         super().__init__()
         self.conv = nn.Conv1d(4, 16, 3, padding=1)
         self.encoder = nn.TransformerEncoderLayer(16, 4, 32, activation="gelu", batch_first=True, norm_first=True)
-        self.norm = nn.GroupNorm(4, 16)
+        self.norm = nn.LayerNorm(16)
         self.table = nn.Embedding(10, 16)
 
     def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Signals [batch, 4, time] and ids [batch, time] -> [batch, time, 16] and the positions of the greatest, [batch, time]."""
         batch, _, time = x.shape
-        hidden = self.norm(self.conv(x)).transpose(1, 2) + self.table(ids)
+        hidden = self.norm(self.conv(x).transpose(1, 2).contiguous()) + self.table(ids)
         hidden = hidden + torch.arange(time, device=x.device, dtype=x.dtype).view(1, time, 1) / time
         hidden = self.encoder(hidden)
         first, second = hidden.chunk(2, dim=-1)
         values, positions = torch.cat((second, first), -1).topk(3, dim=-1)
         hidden = hidden.masked_fill(hidden < -1, 0.5) + values.mean(-1, keepdim=True)
-        return hidden.reshape(batch * time, -1).reshape(batch, time, -1), positions[..., 0]
+        return hidden, positions[..., 0].view(batch, time)
 
 
 @pytest.mark.parametrize("decomposed", [False, True], ids=["as exported", "decomposed to core operators"])

@@ -194,6 +194,8 @@ def test_an_exported_program_may_call_only_tensor_operators(target: str, files: 
 
 def test_an_exported_program_that_writes_to_a_weight_is_refused(tmp_path: Path) -> None:
     class Counter(torch.nn.Module):
+        count: torch.Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("count", torch.zeros(4))

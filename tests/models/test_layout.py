@@ -66,6 +66,8 @@ def test_a_gate_covers_everything_up_to_the_next_first_entry() -> None:
 
 def test_a_model_that_changes_a_buffer_is_refused() -> None:
     class Counter(nn.Module):
+        count: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("count", torch.zeros(4))
