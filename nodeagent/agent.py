@@ -12,10 +12,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 
-from contracts.errors import ExecutionError, SluiceError, Unavailable, from_wire
+from contracts.errors import ExecutionError, SluiceError, Unavailable, from_wire, to_wire
 from contracts.functions import Share
 from contracts.units import S
-from contracts.wire import Answer, BatchDone, BatchPaused, CopyProgress, NodeStatus
+from contracts.wire import Answer, BatchDone, BatchPaused, CopyProgress, Failed, NodeStatus
 from nodeagent import events, metrics
 from nodeagent.control import Controls
 from nodeagent.functions import Entry, Functions
@@ -243,7 +243,7 @@ class Agent:
     def _fail(self, request: Request, error: SluiceError) -> None:
         request.entry.stats.fail(error, len(request.submit.parts))
         del request.peer.requests[request.submit.id]
-        request.peer.fail(request.submit.id, error)
+        self._outbox.add(request.peer.channel, Failed(request.submit.id, *to_wire(error)))
         self._forget(request)
 
     def _forget(self, request: Request) -> None:

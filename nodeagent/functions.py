@@ -42,7 +42,7 @@ class FunctionsOwner(Protocol):
 
 
 class Entry:
-    """One function. `state` is "loading", "ready" or "failed"; `stored` and `attach` are there once it is ready.
+    """One function. `state` is "loading", "ready", "failed" or "removed"; `stored` and `attach` are there once it is ready.
 
     `lane_name` is what lanes call it: a function that is removed and declared again is another one to them.
     """
@@ -163,7 +163,6 @@ class Functions:
         model = entry.function.model
         async with self._loading:
             stored = await self._store.find(model) or await self._read(model)
-            stored.refs += 1
         try:
             if self._entries.get(entry.function.key) is not entry:
                 raise NotFound(f"{entry.function.key} was removed while it was loaded")
@@ -203,6 +202,7 @@ class Functions:
 
     def _release(self, entry: Entry) -> None:
         if entry.state == "ready":
+            entry.state = "removed"
             self._store.release(entry.stored)
             self._collect()
 

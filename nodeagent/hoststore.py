@@ -81,24 +81,32 @@ class HostStore:
         return max(0, self.budget_bytes - self.used_bytes)
 
     async def find(self, ref: ModelRef) -> Stored | None:
-        """The model of a reference, if the store holds what its source holds now and its bytes are intact; InvalidArtifact as the loader raises it."""
-        digest = _text(self.folder / ref_name(ref))
-        stored = self._models.get(digest)
-        if stored is None or stored.verified or await self.intact(stored):
+        """Acquires the model of a reference, if it is here, its source unchanged and its bytes intact; InvalidArtifact as the loader raises."""
+        stored = self._models.get(_text(self.folder / ref_name(ref)))
+        if stored is None:
+            return None
+        stored.refs += 1
+        if stored.verified or await self.intact(stored):
             return stored
         _log.warning("the stored weights of %s are damaged and are removed", ref.source)
         self.discard(stored)
+        self.release(stored)
         return None
 
     def add(self, digest: str) -> Stored:
-        """Takes up what the loader has just written; InvalidArtifact if it is not there or not whole."""
+        """Acquires what the loader has just written; InvalidArtifact if it is not there or not whole."""
         stored = self._models.get(digest) or self._open(digest)
         stored.verified = True
+        stored.refs += 1
         return stored
 
     async def intact(self, stored: Stored) -> bool:
         """Whether the file still holds the bytes that its digest names; read in a thread."""
-        stored.verified = await asyncio.get_running_loop().run_in_executor(None, _matches, stored.fd, stored.index)
+        fd = os.dup(stored.fd)
+        try:
+            stored.verified = await asyncio.get_running_loop().run_in_executor(None, _matches, fd, stored.index)
+        finally:
+            os.close(fd)
         return stored.verified
 
     def release(self, stored: Stored) -> None:

@@ -6,6 +6,7 @@ Never reads the environment and opens nothing.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import msgspec
 from contracts.units import MS, parse_bytes
 from nodeagent.hoststore import store_folder
 
+_SOCKET_PATH_BYTES = 107
 _DEVICE = re.compile(r"[a-z]+:[0-9]+")
 
 
@@ -62,6 +64,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     if given.device_memory < 1:
         parser.error("argument --device-memory: must be greater than 0")
     run_dir = given.run_dir.absolute()
+    if len(os.fsencode(run_dir / "control.sock")) > _SOCKET_PATH_BYTES:
+        parser.error(f"argument --run-dir: too long for a Unix socket's path ({_SOCKET_PATH_BYTES} bytes with the socket's name): {run_dir}")
     return Options(
         run_dir=run_dir,
         devices=tuple(given.device),
