@@ -104,8 +104,15 @@ class Functions:
                 self._report(Attached(function.name, function.error.message if function.error else ""))
             del function, message
 
-    def find(self, name: str) -> Function:
-        """An attached function, ready or not; waits a little for an Attach that is still on its way."""
+    def get(self, name: str) -> Function | None:
+        """An attached function, ready or not."""
+        return self._functions.get(name)
+
+    def ready(self, name: str) -> Function:
+        """A function that can run; waits until it is made ready, and a little for an Attach that is still on its way.
+
+        Its own error if it cannot be made ready, Unavailable if it is not attached.
+        """
         function = self._functions.get(name)
         if function is None:
             with self._changed:
@@ -113,11 +120,6 @@ class Functions:
             function = self._functions.get(name)
             if function is None:
                 raise Unavailable(f"function {name!r} is not attached to this lane")
-        return function
-
-    def ready(self, name: str) -> Function:
-        """A function that can run; waits until it is made ready. Its own error if that failed, Unavailable if it is not attached."""
-        function = self.find(name)
         if function.program is None:
             with self._changed:
                 self._changed.wait_for(lambda: function.program is not None or function.error is not None)

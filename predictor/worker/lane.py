@@ -124,7 +124,9 @@ class Lane:
         os._exit(0)
 
     def _begin(self, copy: int, name: str, offset: int) -> None:
-        function = self._functions.find(name)
+        function = self._functions.get(name)
+        if function is None:
+            raise ProtocolError(f"copy {copy} is of function {name!r}, which is not attached")
         if function.transfer is not None:
             self._swap.cancel(function.transfer)
         transfer = Transfer(copy, function.weights, offset)
