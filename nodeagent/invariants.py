@@ -35,7 +35,7 @@ def _check_memory(state: NodeState, device: Device) -> None:
     for extent in extents:
         assert extent.offset >= end, f"{device.spec.id}: extents overlap at {extent.offset}"
         end = extent.end
-        owner = state.dispatcher.functions.get(extent.owner)
+        owner = state.node.functions.get(extent.owner)
         assert owner is not None and owner.extents.get(device.spec.id) is extent, f"{device.spec.id}: an extent of {extent.owner} is nobody's"
         users = sum(1 for lane in device.lanes.values() if lane.request is not None and lane.request.function is owner)
         copying = extent.copy in device.link.tasks
@@ -55,18 +55,18 @@ def _check_requests(state: NodeState) -> None:
     assert not queued & set(on_lanes), "a request is queued and runs"
     assert queued | set(on_lanes) == set(state.requests), "a request is neither queued nor on a lane, or was answered and is still there"
     running = Counter(lane.request.function.number for lane in state.lanes.values() if lane.request is not None)
-    for function in state.dispatcher.functions.values():
+    for function in state.node.functions.values():
         assert running[function.number] == function.running, f"{function.spec.key}: {running[function.number]} run, {function.running} counted"
         assert not (function.queue and function.removed), f"{function.spec.key} was removed and has work queued"
 
 
 def _check_accounts(state: NodeState) -> None:
-    charged = state.retired_ns + sum(function.account.charged_ns for function in state.dispatcher.functions.values())
+    charged = state.retired_ns + sum(function.account.charged_ns for function in state.node.functions.values())
     assert charged == state.used_ns == sum(device.busy_ns for device in state.devices.values()), f"{charged} ns charged, {state.used_ns} ns used"
     pending: Counter[int] = Counter()
     for lane in state.lanes.values():
         if lane.request is not None:
             pending[lane.request.function.number] += lane.request.estimate_ns
-    for function in state.dispatcher.functions.values():
+    for function in state.node.functions.values():
         counted = function.account.pending_ns
         assert pending[function.number] == counted, f"{function.spec.key}: {pending[function.number]} ns pending, {counted} counted"

@@ -2,7 +2,7 @@
 
 It owns what is queued, running and resident, and every account; it never touches a clock, a socket, torch or a process. Every accepted request leaves
 by exactly one Answer or Reject. Who goes first is `tokens`, where is `placement`, what is evicted is `memory`, how links are shared is `copies`;
-`dispatch` puts them to work.
+`dispatch`, `lane_pool` and `swaps` put them to work.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from nodeagent import events as ev
 from nodeagent.dispatch import Dispatcher
 from nodeagent.entities import FunctionState, LaneState, RequestState
 from nodeagent.events import Reason
+from nodeagent.lane_pool import LanePool
+from nodeagent.node import Node
 from nodeagent.settings import DeviceSpec, Settings
+from nodeagent.swaps import Swaps
 from nodeagent.tokens import NEVER_NS
 
 
@@ -27,14 +30,16 @@ class NodeState:
         self.settings = settings or Settings()
         self.functions: dict[str, FunctionState] = {}
         self.requests: dict[int, RequestState] = {}
-        self.dispatcher = Dispatcher(devices, self.settings)
-        self.devices = self.dispatcher.devices
-        self.lanes = self.dispatcher.lanes
+        self.node = Node(devices, self.settings)
+        self.devices = self.node.devices
+        self.lanes = self.node.lanes
+        self._swaps = Swaps(self.node)
+        self._pool = LanePool(self.node, self._swaps)
+        self._dispatcher = Dispatcher(self.node, self._pool, self._swaps)
         self.used_ns = 0
         self.retired_ns = 0
         self._deadlines: list[tuple[int, int]] = []
         self._reap_at_ns = NEVER_NS
-        self._last_function = 0
         self._handlers: dict[type[ev.Event], Callable[..., None]] = {
             ev.RequestArrived: self._request_arrived,
             ev.BatchFinished: self._batch_finished,
@@ -52,15 +57,14 @@ class NodeState:
     def handle(self, event: ev.Event, now_ns: int) -> list[ev.Command]:
         """What to do about an event that happened now. `now_ns` never falls."""
         self._expire(now_ns)
-        self.dispatcher.requeue_due(now_ns)
+        self._dispatcher.requeue_due(now_ns)
         self._handlers[type(event)](event, now_ns)
-        self.dispatcher.dispatch(now_ns)
-        commands, self.dispatcher.out = self.dispatcher.out, []
-        return commands
+        self._dispatcher.dispatch(now_ns)
+        return self.node.take_commands()
 
     def next_tick_ns(self) -> int | None:
         """When a Tick is needed if nothing else happens first; None when never."""
-        at = min(self._deadlines[0][0] + 1 if self._deadlines else NEVER_NS, self.dispatcher.next_ns, self._reap_at_ns)
+        at = min(self._deadlines[0][0] + 1 if self._deadlines else NEVER_NS, self._dispatcher.next_ns, self._reap_at_ns)
         return None if at == NEVER_NS else at
 
     def refusal(self, key: str, share: Share, weight_bytes: int = 0) -> str | None:
@@ -88,9 +92,8 @@ class NodeState:
     def _function_declared(self, event: ev.FunctionDeclared, now_ns: int) -> None:
         if event.spec.key in self.functions:
             self._function_removed(ev.FunctionRemoved(event.spec.key), now_ns)
-        self._last_function += 1
-        function = FunctionState(event.spec, self._last_function, self.settings.window_ns, now_ns)
-        self.functions[event.spec.key] = self.dispatcher.functions[function.number] = function
+        function = FunctionState(event.spec, self.node.next_number(), self.settings.window_ns, now_ns)
+        self.functions[event.spec.key] = self.node.functions[function.number] = function
         self._prepare_lanes(function, now_ns)
 
     def _function_removed(self, event: ev.FunctionRemoved, now_ns: int) -> None:
@@ -100,7 +103,7 @@ class NodeState:
         function.removed = True
         while function.queue:
             self._reject(function.queue.popleft(), Reason.REMOVED)
-        self.dispatcher.requeue(function, now_ns)
+        self._dispatcher.requeue(function, now_ns)
         self._retire(function)
         self._reap_at_ns = now_ns + self.settings.lane_idle_ns
 
@@ -113,22 +116,22 @@ class NodeState:
         if function.lane_key != old_key:
             self._prepare_lanes(function, now_ns)
             self._reap_at_ns = now_ns + self.settings.lane_idle_ns
-        self.dispatcher.requeue(function, now_ns)
+        self._dispatcher.requeue(function, now_ns)
 
     def _prepare_lanes(self, function: FunctionState, now_ns: int) -> None:
         """A lane of its size should stand ready before the first request needs it."""
         for device in self.devices.values():
             if not device.lanes_by_key.get(function.lane_key):
-                self.dispatcher.want_lane(device, function.lane_key, now_ns)
+                self._pool.want(device, function.lane_key, now_ns)
 
     def _retire(self, function: FunctionState) -> None:
         """A removed function goes for good once nothing of it runs or copies."""
         if function.running:
             return
         for device in self.devices.values():
-            self.dispatcher.release(function, device)
-        if not function.extents and function.number in self.dispatcher.functions:
-            del self.dispatcher.functions[function.number]
+            self._swaps.release(function, device)
+        if not function.extents and function.number in self.node.functions:
+            del self.node.functions[function.number]
             self.retired_ns += function.account.charged_ns
             for device in self.devices.values():
                 device.memory.forget(function.number)
@@ -138,15 +141,15 @@ class NodeState:
     def _request_arrived(self, event: ev.RequestArrived, now_ns: int) -> None:
         function = self.functions.get(event.function)
         if function is None:
-            self.dispatcher.out.append(ev.Reject(event.request, Reason.NO_FUNCTION))
+            self.node.emit(ev.Reject(event.request, Reason.NO_FUNCTION))
             return
         run_ns = function.estimate.run_ns(event.rows)
         finish_ns = self._earliest_finish_ns(function, run_ns, now_ns)
         if len(function.queue) >= function.spec.max_queue:
-            self.dispatcher.out.append(ev.Reject(event.request, Reason.QUEUE_FULL, _retry_ms(finish_ns - now_ns)))
+            self.node.emit(ev.Reject(event.request, Reason.QUEUE_FULL, _retry_ms(finish_ns - now_ns)))
             return
         if finish_ns > event.deadline_ns:
-            self.dispatcher.out.append(ev.Reject(event.request, Reason.HOPELESS, _retry_ms(finish_ns - event.deadline_ns)))
+            self.node.emit(ev.Reject(event.request, Reason.HOPELESS, _retry_ms(finish_ns - event.deadline_ns)))
             return
         if function.idle:
             function.account.wake(now_ns)
@@ -156,7 +159,7 @@ class NodeState:
         function.queue.append(request)
         heapq.heappush(self._deadlines, (event.deadline_ns, event.request))
         if len(function.queue) == 1:
-            self.dispatcher.requeue(function, now_ns)
+            self._dispatcher.requeue(function, now_ns)
 
     def _earliest_finish_ns(self, function: FunctionState, run_ns: int, now_ns: int) -> int:
         """The soonest that one more batch could end if nobody else had any work: what is queued, spread over all devices, held to the limit."""
@@ -178,7 +181,7 @@ class NodeState:
             return
         request.function.queue.remove(request)
         self._reject(request, Reason.CANCELLED)
-        self.dispatcher.requeue(request.function, now_ns)
+        self._dispatcher.requeue(request.function, now_ns)
 
     def _expire(self, now_ns: int) -> None:
         """Requests whose deadline passes while they wait; those on a lane are answered when it is done with them."""
@@ -188,11 +191,11 @@ class NodeState:
             if request is not None and request.lane is None:
                 request.function.queue.remove(request)
                 self._reject(request, Reason.DEADLINE)
-                self.dispatcher.requeue(request.function, now_ns)
+                self._dispatcher.requeue(request.function, now_ns)
 
     def _reject(self, request: RequestState, reason: Reason, retry_after_ms: int = 0) -> None:
         del self.requests[request.number]
-        self.dispatcher.out.append(ev.Reject(request.number, reason, retry_after_ms))
+        self.node.emit(ev.Reject(request.number, reason, retry_after_ms))
 
     # Batches.
 
@@ -204,7 +207,7 @@ class NodeState:
         self._charge(request, event.gpu_ns)
         if event.ok:
             function.estimate.observe(request.rows, request.gpu_ns)
-        self.dispatcher.vacate(lane, LaneState.IDLE, now_ns)
+        self._pool.vacate(lane, LaneState.IDLE, now_ns)
         if request.cancelled:
             self._reject(request, Reason.CANCELLED)
         else:
@@ -213,7 +216,7 @@ class NodeState:
             del self.requests[request.number]
             queue_ns = request.started_ns - request.arrived_ns
             device = lane.device.spec.id
-            self.dispatcher.out.append(ev.Answer(request.number, queue_ns, event.swap_ns, request.gpu_ns, request.cold, device))
+            self.node.emit(ev.Answer(request.number, queue_ns, event.swap_ns, request.gpu_ns, request.cold, device))
         self._settle(function, now_ns)
 
     def _batch_paused(self, event: ev.BatchPaused, now_ns: int) -> None:
@@ -221,8 +224,8 @@ class NodeState:
         if lane is None or lane.request is None or lane.request.number != event.request:
             return
         self._charge(lane.request, event.gpu_ns)
-        self.dispatcher.vacate(lane, LaneState.PAUSED, now_ns)
-        self.dispatcher.requeue_paused(lane.request, now_ns)
+        self._pool.vacate(lane, LaneState.PAUSED, now_ns)
+        self._dispatcher.requeue_paused(lane.request, now_ns)
 
     def _charge(self, request: RequestState, gpu_ns: int) -> None:
         request.gpu_ns += gpu_ns
@@ -236,10 +239,10 @@ class NodeState:
         if function.removed:
             self._retire(function)
         else:
-            self.dispatcher.requeue(function, now_ns)
+            self._dispatcher.requeue(function, now_ns)
 
     def _copy_progress(self, event: ev.CopyProgress, now_ns: int) -> None:
-        function = self.dispatcher.copied(event, now_ns)
+        function = self._swaps.copied(event, now_ns)
         if function is not None:
             self._settle(function, now_ns)
 
@@ -249,17 +252,17 @@ class NodeState:
         lane = self.lanes.get(event.lane)
         if lane is not None and lane.state is LaneState.STARTING:
             lane.device.failed_starts = 0
-            self.dispatcher.vacate(lane, LaneState.IDLE, now_ns)
+            self._pool.vacate(lane, LaneState.IDLE, now_ns)
 
     def _lane_lost(self, event: ev.LaneLost, now_ns: int) -> None:
         lane = self.lanes.get(event.lane)
         if lane is None:
             return
         request = lane.request
-        self.dispatcher.drop_lane(lane, now_ns)
+        self._pool.drop(lane, now_ns)
         if request is not None:
             self._try_again(request, now_ns)
-        for function in [function for function in self.dispatcher.functions.values() if function.removed]:
+        for function in [function for function in self.node.functions.values() if function.removed]:
             self._retire(function)
         self._reap_at_ns = min(self._reap_at_ns, now_ns + self.settings.lane_idle_ns)
 
@@ -288,7 +291,7 @@ class NodeState:
         self._reap_at_ns = NEVER_NS
         wanted = {function.lane_key for function in self.functions.values()}
         for lane in [lane for lane in self.lanes.values() if lane.state is LaneState.IDLE and lane.key not in wanted]:
-            self.dispatcher.stop_lane(lane, now_ns)
+            self._pool.stop(lane, now_ns)
 
 
 def _retry_ms(wait_ns: int) -> int:

@@ -140,5 +140,5 @@ def test_a_removed_function_leaves_nothing_behind() -> None:
     for name in list(driver.state.functions):
         driver.send(ev.FunctionRemoved(name))
     driver.copy_all()
-    assert not driver.state.dispatcher.functions
+    assert not driver.state.node.functions
     assert all(device.memory.used_bytes == 0 and not device.memory.extents for device in driver.state.devices.values())

@@ -1,0 +1,76 @@
+"""The lanes of a node: starting, stopping and losing them, and the SMs that they hold. Pure."""
+
+from __future__ import annotations
+
+from contracts.units import S
+from nodeagent import events as ev
+from nodeagent.entities import Device, Lane, LaneKey, LaneState
+from nodeagent.node import Node
+from nodeagent.swaps import Swaps
+
+_FIRST_BACKOFF_NS = S // 10
+
+
+class LanePool:
+    """All lanes. It knows sizes and states; what runs where is decided elsewhere."""
+
+    def __init__(self, node: Node, swaps: Swaps) -> None:
+        self.node = node
+        self._swaps = swaps
+
+    def occupy(self, lane: Lane, now_ns: int) -> None:
+        """A batch starts or goes on: the lane holds its SMs."""
+        lane.state = LaneState.RUNNING
+        lane.since_ns = now_ns
+        lane.device.running_sm += lane.sm_percent
+
+    def vacate(self, lane: Lane, state: LaneState, now_ns: int) -> None:
+        """A lane no longer holds SMs; with its batch over (IDLE) its request leaves it."""
+        if lane.active:
+            lane.device.running_sm -= lane.sm_percent
+        lane.state = state
+        lane.since_ns = now_ns
+        self.node.free(lane.device)
+        if state is not LaneState.PAUSED and lane.request is not None:
+            request, lane.request = lane.request, None
+            self.node.ready.discard(request)
+            request.function.account.end(request.estimate_ns)
+            request.function.running -= 1
+            extent = request.function.extents.get(lane.device.spec.id)
+            if extent is not None:
+                extent.pins -= 1
+
+    def want(self, device: Device, key: LaneKey, now_ns: int) -> None:
+        """Starts a lane of this size and class if there may be one more, making room among idle lanes of other sizes."""
+        peers = device.lanes_by_key.get(key, ())
+        if len(peers) >= 100 // key[0] or any(lane.state is LaneState.STARTING for lane in peers) or now_ns < device.start_after_ns:
+            return
+        if len(device.lanes) >= self.node.settings.max_lanes_per_device:
+            settled_ns = (
+                now_ns - self.node.settings.window_ns
+            )  # a lane that has just come up or run is given a window, or lanes would only come and go
+            idle = [lane for lane in device.lanes.values() if lane.state is LaneState.IDLE and lane.key != key and lane.since_ns <= settled_ns]
+            if idle and not any(lane.state is LaneState.STOPPING for lane in device.lanes.values()):
+                self.stop(min(idle, key=lambda lane: lane.since_ns), now_ns)
+            return
+        lane = Lane(self.node.next_number(), device, key, now_ns)
+        self.node.lanes[lane.number] = device.lanes[lane.number] = lane
+        device.lanes_by_key.setdefault(key, []).append(lane)
+        self.node.emit(ev.StartLane(lane.number, device.spec.id, *key))
+
+    def stop(self, lane: Lane, now_ns: int) -> None:
+        """Stops an idle lane. A copy that it makes is lost with it, so a copying lane stays."""
+        if not any(task.lane == lane.number for task in lane.device.link.tasks.values()):
+            self.vacate(lane, LaneState.STOPPING, now_ns)
+            self.node.emit(ev.StopLane(lane.number))
+
+    def drop(self, lane: Lane, now_ns: int) -> None:
+        """The lane has gone: its copies are lost; starts are slowed down when lanes keep failing before they serve."""
+        device = lane.device
+        if lane.state is LaneState.STARTING:
+            device.failed_starts += 1
+            device.start_after_ns = now_ns + min(30 * S, _FIRST_BACKOFF_NS << min(device.failed_starts, 10))
+        self.vacate(lane, LaneState.STOPPING, now_ns)
+        self._swaps.abandon(lane)
+        del self.node.lanes[lane.number], device.lanes[lane.number]
+        device.lanes_by_key[lane.key].remove(lane)

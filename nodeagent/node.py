@@ -1,0 +1,48 @@
+"""The node's records and the desk between its policies: what waits, what has become free, which commands go out. It decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nodeagent import events as ev
+from nodeagent.copies import Link
+from nodeagent.entities import Device, FunctionState, Lane
+from nodeagent.ready import ReadyQueue
+from nodeagent.settings import DeviceSpec, Settings
+
+
+class Node:
+    """Shared by `NodeState`, `Dispatcher`, `LanePool` and `Swaps`; `functions` are by number, removed ones that still run included."""
+
+    def __init__(self, specs: Sequence[DeviceSpec], settings: Settings) -> None:
+        self.settings = settings
+        self.links: dict[str, Link] = {}
+        self.devices: dict[str, Device] = {}
+        for spec in specs:
+            link = self.links.setdefault(spec.link or spec.id, Link(settings.chunk_bytes, settings.chunks_in_flight, spec.link_bytes_per_s))
+            self.devices[spec.id] = Device(spec, link)
+        self.device_list = tuple(self.devices.values())
+        self.lanes: dict[int, Lane] = {}
+        self.functions: dict[int, FunctionState] = {}
+        self.ready = ReadyQueue()
+        self.freed: dict[str, Device] = {}
+        self._out: list[ev.Command] = []
+        self._last_number = 0
+
+    def emit(self, command: ev.Command) -> None:
+        """A command goes out, after those before it."""
+        self._out.append(command)
+
+    def take_commands(self) -> list[ev.Command]:
+        """All that has gone out since the last time."""
+        commands, self._out = self._out, []
+        return commands
+
+    def free(self, device: Device) -> None:
+        """SMs, a lane or memory of this device have become free: the next dispatch looks there."""
+        self.freed[device.spec.id] = device
+
+    def next_number(self) -> int:
+        """A number for a lane, a copy or a declaration of a function."""
+        self._last_number += 1
+        return self._last_number
