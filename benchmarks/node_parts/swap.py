@@ -1,0 +1,138 @@
+"""Swaps: how fast weights come over, and how much of a swap a cold run hides.
+
+Three functions of about the same size on a device that holds one of them take turns, so each run is cold: one that hardly computes (a vast table of
+word vectors: its cold time is the copy alone), a text encoder whose run is as long as its copy, and a network whose copy outlasts its run. Each turn
+measures a plain memcpy of the same bytes beside them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.node_parts.node import Node, catalogued
+from contracts.functions import Function
+from models.samples import sample_inputs
+from predictor.segment import Array
+
+_WARM_RUNS = 3
+_TABLE_TOKENS = 8
+_ENCODER_TOKENS = 32
+_WORD_BYTES = 4 * 768
+_LAYER_BYTES = 4 * 7_087_872
+_EMBEDDING_BYTES = 95_400_000
+_SQUARE_BYTES = 4 * 2048 * 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A function whose swaps are measured, and its batch."""
+
+    function: Function
+    part: Mapping[str, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Cases:
+    """`table` hardly computes, the run of `encoder` and its copy are alike, the copy of `network` outlasts its run.
+
+    A device of `device_bytes` holds any of them, and no two.
+    """
+
+    table: Case
+    encoder: Case
+    network: Case
+    device_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn: the bytes of each function; in ns a memcpy of the table's bytes, and cold time and warm run of each."""
+
+    nbytes: Mapping[str, int]
+    memcpy_ns: float
+    cold_ns: Mapping[str, float]
+    run_ns: Mapping[str, float]
+
+    @property
+    def copy_ns(self) -> float:
+        """The copy of the table's weights alone: from its request to its answer, without its run."""
+        return self.cold_ns["table"] - self.run_ns["table"]
+
+    @property
+    def copy_ratio(self) -> float:
+        """Bytes a second of a swap over those of a memcpy."""
+        return self.memcpy_ns / self.copy_ns
+
+    def cold_ratio(self, name: str) -> float:
+        """A cold run over the longer of its copy alone and its run alone."""
+        return self.cold_ns[name] / max(self.copy_ns * self.nbytes[name] / self.nbytes["table"], self.run_ns[name])
+
+
+def cases(layers: int) -> Cases:
+    """Three functions with as many bytes as a BERT-base of so many layers."""
+    nbytes = _EMBEDDING_BYTES + layers * _LAYER_BYTES
+    words = (nbytes - _LAYER_BYTES) // _WORD_BYTES
+    return Cases(
+        table=_case("table", f"bert-base?num_hidden_layers=1&vocab_size={words}", _TABLE_TOKENS),
+        encoder=_case("encoder", f"bert-base?num_hidden_layers={layers}", _ENCODER_TOKENS),
+        network=_case("network", f"mlp?width=2048&depth={nbytes // _SQUARE_BYTES}", None),
+        device_bytes=nbytes * 5 // 4,
+    )
+
+
+def _case(name: str, source: str, tokens: int | None) -> Case:
+    function = Function(name, catalogued(source))
+    part = sample_inputs(function.model, 1, seed=1)
+    return Case(function, part if tokens is None else {key: np.resize(array, (1, tokens)) for key, array in part.items()})
+
+
+async def measure(node: Node, each: Cases, turns: int) -> list[Turn]:
+    """`turns` turns after one that is not counted."""
+    named = {case.function.name: case for case in (each.table, each.encoder, each.network)}
+    async with node.serving(*(case.function for case in named.values())):
+        nbytes = {name: (await node.function(case.function.key)).weight_bytes for name, case in named.items()}
+        with _memcpy(node.store, nbytes["table"]) as copy:
+            return [await _turn(node, named, nbytes, copy) for _ in range(1 + turns)][1:]
+
+
+async def _turn(node: Node, named: Mapping[str, Case], nbytes: Mapping[str, int], copy: Callable[[], float]) -> Turn:
+    cold_ns: dict[str, float] = {}
+    run_ns: dict[str, float] = {}
+    memcpy_ns = []
+    for name, case in named.items():
+        cold = await node.caller.call(case.function.key, case.part)
+        assert cold.answer.cold, f"{name} should have been evicted by the others"
+        cold_ns[name] = cold.total_ns
+        warm = [await node.caller.call(case.function.key, case.part) for _ in range(_WARM_RUNS)]
+        run_ns[name] = float(np.median([reply.total_ns for reply in warm]))
+        memcpy_ns.append(copy())
+    return Turn(nbytes, float(np.median(memcpy_ns)), cold_ns, run_ns)
+
+
+@contextlib.contextmanager
+def _memcpy(store: Path, nbytes: int) -> Iterator[Callable[[], float]]:
+    """A function that copies the very host weights of that size into shared memory as a slab is, with libc's memcpy, and says how many ns it took."""
+    (path,) = [path for path in store.glob("*.weights") if path.stat().st_size == nbytes]
+    with path.open("rb") as file:
+        source = np.frombuffer(mmap.mmap(file.fileno(), nbytes, prot=mmap.PROT_READ), np.uint8)
+    fd = os.memfd_create("sluice-benchmark", os.MFD_CLOEXEC)
+    os.ftruncate(fd, nbytes)
+    target = np.frombuffer(mmap.mmap(fd, nbytes), np.uint8)
+    os.close(fd)
+
+    def copy() -> float:
+        begun_ns = time.monotonic_ns()
+        ctypes.memmove(target.ctypes.data, source.ctypes.data, nbytes)
+        return time.monotonic_ns() - begun_ns
+
+    copy()
+    yield copy
