@@ -14,7 +14,7 @@ from pathlib import Path
 
 import aiohttp
 
-from contracts.errors import SluiceError, Unavailable
+from contracts.errors import Unavailable
 from sluice.control import Client
 from sluice.ports import authority
 from sluice.processes import Child, describe_exit

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from contracts.errors import SluiceError
 from contracts.functions import Function
 from contracts.units import format_bytes
-from nodeagent.hoststore import store_folder
+from nodeagent.shell.hoststore import store_folder
 from sluice import examples, status
 from sluice.demo import run as demo_run
 from sluice.demo.report import render

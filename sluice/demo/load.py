@@ -25,7 +25,7 @@ _ANSWER_WITHIN_S = 90.0
 _MOST_PER_S = 12.0
 _MOST_BYTES_PER_S = 2_000_000
 _LEAST_PER_S = 0.25
-_PART_OF_SHARE = 0.5
+_PART_OF_SHARE = 0.4
 _DTYPES = {"BOOL": "bool", "FP16": "float16", "FP32": "float32", "FP64": "float64"}
 _NAMES = {"bool": "BOOL", "float16": "FP16", "float32": "FP32", "float64": "FP64"}
 
@@ -136,6 +136,6 @@ def session() -> aiohttp.ClientSession:
 
 
 def rate_for(function: Function, run_s: float, body_bytes: int) -> float:
-    """Requests per second for a demo: half of what the share guarantees when one takes `run_s`, within what one machine's front can parse."""
+    """Requests per second for a demo: two fifths of what the share guarantees when one takes `run_s`, within what one machine's front can parse."""
     guaranteed = function.share.quota_percent / 100 / max(run_s, 1e-6)
     return max(_LEAST_PER_S, min(_PART_OF_SHARE * guaranteed, _MOST_PER_S, _MOST_BYTES_PER_S / body_bytes))

@@ -53,7 +53,7 @@ def test_batches_are_put_together_from_their_parameters(
 
 
 RATES = {
-    "half of what the share guarantees": (0.1, 100, 1.0),
+    "two fifths of what the share guarantees": (0.1, 100, 0.8),
     "no more than the front can parse": (0.0001, 100, 12.0),
     "no more bytes than the front can parse": (0.0001, 4_000_000, 0.5),
     "never nothing": (100.0, 100, 0.25),

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from nodeagent.hoststore import store_folder
+from nodeagent.shell.hoststore import store_folder
 from sluice.cli import main
 
 ROOT = Path(__file__).parents[2]
