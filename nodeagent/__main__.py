@@ -11,9 +11,9 @@ import sys
 import uvloop
 
 from contracts.errors import SluiceError
-from nodeagent.agent import Agent
-from nodeagent.listener import lock_run_dir
-from nodeagent.options import Options, parse
+from nodeagent.shell.agent import Agent
+from nodeagent.shell.listener import lock_run_dir
+from nodeagent.shell.options import Options, parse
 
 
 async def _serve(options: Options) -> None:

@@ -19,7 +19,7 @@ from contracts.errors import SluiceError, Unavailable
 from contracts.functions import Function, ModelFormat, ModelRef
 from contracts.units import MIB, S
 from contracts.wire import Answer, FunctionInfo, FunctionStatus, NodeStatus
-from nodeagent.hoststore import store_folder
+from nodeagent.shell.hoststore import store_folder
 from predictor.agent_client import AgentClient, Batch
 from predictor.segment import Array
 from predictor.tensors import NUMPY

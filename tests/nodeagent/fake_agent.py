@@ -7,7 +7,7 @@ import sys
 import msgspec
 
 from nodeagent.__main__ import main
-from nodeagent.options import parse
+from nodeagent.shell.options import parse
 
 if __name__ == "__main__":
     worker = (sys.executable, "-m", "tests.nodeagent.fake_worker")

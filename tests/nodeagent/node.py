@@ -221,7 +221,7 @@ class Node:
     @property
     def store(self) -> Path:
         """Its host store."""
-        from nodeagent.hoststore import store_folder
+        from nodeagent.shell.hoststore import store_folder
 
         return store_folder(self.run_dir)
 

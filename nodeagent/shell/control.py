@@ -14,9 +14,9 @@ from collections.abc import Callable
 from contracts.channel import AsyncChannel
 from contracts.errors import SluiceError, to_wire
 from contracts.wire import Control, Declare, GetStatus, Grant, Message, NodeStatus, Remove, Reply, SetShare
-from nodeagent.functions import Functions
-from nodeagent.listener import credentials
-from nodeagent.peers import Peers
+from nodeagent.shell.functions import Functions
+from nodeagent.shell.listener import credentials
+from nodeagent.shell.peers import Peers
 
 _log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from contracts.wire import Part, Submit, TensorRef
 from nodeagent.events import Reason
 
 if TYPE_CHECKING:
-    from nodeagent.functions import Entry
-    from nodeagent.peers import Peer
-    from nodeagent.segments import Segment
+    from nodeagent.shell.functions import Entry
+    from nodeagent.shell.peers import Peer
+    from nodeagent.shell.segments import Segment
 
 KINDS: Mapping[Reason, type[SluiceError]] = {
     Reason.NO_FUNCTION: NotFound,

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from contracts.units import MS, parse_bytes
-from nodeagent.hoststore import store_folder
+from nodeagent.shell.hoststore import store_folder
 
 _SOCKET_PATH_BYTES = 107
 _DEVICE = re.compile(r"[a-z]+:[0-9]+")

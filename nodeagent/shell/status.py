@@ -7,9 +7,9 @@ import time
 
 from contracts.wire import DeviceStatus, FunctionStatus, LaneStatus, NodeStatus
 from nodeagent.entities import Device
-from nodeagent.functions import Entry, Functions
-from nodeagent.hoststore import HostStore
-from nodeagent.lanes import Lanes
+from nodeagent.shell.functions import Entry, Functions
+from nodeagent.shell.hoststore import HostStore
+from nodeagent.shell.lanes import Lanes
 from nodeagent.state import NodeState
 
 

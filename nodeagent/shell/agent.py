@@ -16,22 +16,23 @@ from contracts.errors import ExecutionError, SluiceError, Unavailable, from_wire
 from contracts.functions import Share
 from contracts.units import S
 from contracts.wire import Answer, BatchDone, BatchPaused, CopyProgress, Failed, NodeStatus
-from nodeagent import events, metrics
-from nodeagent.control import Controls
-from nodeagent.functions import Entry, Functions
-from nodeagent.hoststore import HostStore
-from nodeagent.lane import Lane
-from nodeagent.lanes import Lanes
-from nodeagent.listener import Listener
-from nodeagent.loader import Loader
-from nodeagent.options import Options
-from nodeagent.outbox import Outbox
-from nodeagent.peers import Peers
-from nodeagent.requests import KINDS, Request
-from nodeagent.segments import Segment
+from nodeagent import events
 from nodeagent.settings import DeviceSpec, Settings
+from nodeagent.shell import metrics
+from nodeagent.shell.control import Controls
+from nodeagent.shell.functions import Entry, Functions
+from nodeagent.shell.hoststore import HostStore
+from nodeagent.shell.lane import Lane
+from nodeagent.shell.lanes import Lanes
+from nodeagent.shell.listener import Listener
+from nodeagent.shell.loader import Loader
+from nodeagent.shell.options import Options
+from nodeagent.shell.outbox import Outbox
+from nodeagent.shell.peers import Peers
+from nodeagent.shell.requests import KINDS, Request
+from nodeagent.shell.segments import Segment
+from nodeagent.shell.status import node_status
 from nodeagent.state import NodeState
-from nodeagent.status import node_status
 
 _log = logging.getLogger(__name__)
 _TIMER_GRAIN_S = 0.0005

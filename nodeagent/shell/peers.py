@@ -17,10 +17,10 @@ from typing import Protocol
 from contracts.channel import AsyncChannel
 from contracts.errors import NotFound, NotPermitted, ProtocolError, SluiceError, Unavailable, to_wire
 from contracts.wire import PROTOCOL_VERSION, Cancel, Failed, FunctionChanged, FunctionGone, Hello, Message, Submit, ToAgent, Welcome
-from nodeagent.functions import Entry, Functions
-from nodeagent.listener import credentials
-from nodeagent.requests import Request, count_rows
-from nodeagent.segments import Segment, check_segment
+from nodeagent.shell.functions import Entry, Functions
+from nodeagent.shell.listener import credentials
+from nodeagent.shell.requests import Request, count_rows
+from nodeagent.shell.segments import Segment, check_segment
 
 _log = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from contracts.lane_page import LanePage
 from contracts.units import KIB, format_bytes
 from contracts.wire import Spawn
 from nodeagent.events import StartLane
-from nodeagent.forkserver import ForkServer
-from nodeagent.lane import Lane, LaneOwner
-from nodeagent.options import Options
-from nodeagent.outbox import Outbox
+from nodeagent.shell.forkserver import ForkServer
+from nodeagent.shell.lane import Lane, LaneOwner
+from nodeagent.shell.options import Options
+from nodeagent.shell.outbox import Outbox
 
 _log = logging.getLogger(__name__)
 _READY_S = 120.0

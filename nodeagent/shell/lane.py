@@ -32,10 +32,10 @@ from contracts.wire import (
     UnmapSegment,
 )
 from nodeagent import events
-from nodeagent.functions import Entry
-from nodeagent.outbox import Outbox
-from nodeagent.requests import Request
-from nodeagent.segments import Segment
+from nodeagent.shell.functions import Entry
+from nodeagent.shell.outbox import Outbox
+from nodeagent.shell.requests import Request
+from nodeagent.shell.segments import Segment
 
 
 class LaneOwner(Protocol):

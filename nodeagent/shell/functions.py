@@ -16,10 +16,10 @@ from contracts.errors import NotFound, Refused, SluiceError, Unavailable
 from contracts.functions import Function, ModelRef, Share
 from contracts.wire import Attach, FunctionInfo
 from nodeagent.events import Event, FunctionDeclared, FunctionSpec, ShareChanged
-from nodeagent.hoststore import HostStore, Stored
-from nodeagent.loader import Loader
-from nodeagent.requests import check_signature
-from nodeagent.stats import FunctionStats
+from nodeagent.shell.hoststore import HostStore, Stored
+from nodeagent.shell.loader import Loader
+from nodeagent.shell.requests import check_signature
+from nodeagent.shell.stats import FunctionStats
 
 
 class FunctionsOwner(Protocol):
