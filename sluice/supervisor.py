@@ -24,6 +24,7 @@ from sluice.predictors import PredictorOptions, last_words
 from sluice.processes import Child, describe_exit
 from sluice.router import Router
 from sluice.rundir import RunDir
+from sluice.status import share_text
 
 _AGENT_START_S = 30.0
 _AGENT_GRACE_S = 20.0
@@ -188,3 +189,4 @@ class Supervisor:
                     function = self._functions.get(status.key)
                     if function is not None and function.share != status.share:
                         self._functions[status.key] = msgspec.structs.replace(function, share=status.share)
+                        self._say(f"{status.key} has a new share: {share_text(status.share)}")
