@@ -15,8 +15,13 @@ from collections.abc import Callable, Sequence
 from contracts.errors import ProtocolError
 from contracts.wire import FrameDecoder, Message, encode
 
-_READ_BYTES = 1 << 16
+# Small, so that a peer that floods its socket cannot hold the loop for long at a time.
+_READ_BYTES = 1 << 13
 _MAX_FDS = 16
+# Plain integers: the enumeration's operators cost microseconds on the way of every message.
+_ANCILLARY_BYTES = socket.CMSG_SPACE(_MAX_FDS * 4)
+_CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
+_CTRUNC = int(socket.MSG_CTRUNC)
 _MAX_UNSENT_BYTES = 32 << 20
 
 
@@ -29,11 +34,11 @@ class _Receiver:
 
     def receive(self, sock: socket.socket) -> list[tuple[Message, list[int]]] | None:
         """The messages that one read completes; None at the end of the stream. BlockingIOError when nothing is there."""
-        data, ancillary, flags, _ = sock.recvmsg(_READ_BYTES, socket.CMSG_SPACE(_MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, flags, _ = sock.recvmsg(_READ_BYTES, _ANCILLARY_BYTES, _CLOEXEC)
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 self._fds.extend(array.array("i", payload[: len(payload) - len(payload) % 4]))
-        if flags & socket.MSG_CTRUNC:
+        if flags & _CTRUNC:
             raise ProtocolError("more file descriptors came with a frame than fit")
         if not data:
             return None
@@ -42,7 +47,7 @@ class _Receiver:
             for message in self._decoder.feed(data):
                 if len(self._fds) < message.FDS:
                     raise ProtocolError(f"a {type(message).__name__} came without its {message.FDS} file descriptors")
-                ready.append((message, [self._fds.popleft() for _ in range(message.FDS)]))
+                ready.append((message, [self._fds.popleft() for _ in range(message.FDS)] if message.FDS else []))
             if len(self._fds) > _MAX_FDS:
                 raise ProtocolError("file descriptors came that no frame announced")
         except ProtocolError:
