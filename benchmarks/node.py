@@ -19,7 +19,7 @@ from contracts.units import MIB, MS
 
 _SEED = 7
 _WINDOW_MS = 100
-_DEVICE_MEMORY = 160 * MIB
+_DEVICE_MEMORY = 512 * MIB
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,10 +22,11 @@ from contracts.units import MS, S
 from models.samples import sample_inputs
 from predictor.segment import Array
 
-_DEPTH = 128
+_DEPTH = 64
 _BATCH_NS = 50 * MS
 _LOAD = 0.25
 _WARM_UP = 30
+_TOKENS = 16
 
 URGENT = Function("urgent", catalogued("minilm"), share=Share.of(100, 60))
 PATIENT = Function("patient", catalogued(f"mlp?width=512&depth={_DEPTH}"), cls=FunctionClass.BEST_EFFORT, share=Share.of(100, 20), max_batch=1024)
@@ -54,7 +55,7 @@ class Preempted:
 async def measure(node: Node, turns: int, seconds: float, seed: int) -> Preempted:
     """`turns` of `seconds` alone and `seconds` beside the neighbour."""
     async with node.serving(URGENT, PATIENT):
-        sentence = sample_inputs(URGENT.model, 1, seed)
+        sentence = {name: array[:, :_TOKENS] for name, array in sample_inputs(URGENT.model, 1, seed).items()}
         long_batch = await rows_for(node, PATIENT.key, sample_inputs(PATIENT.model, 8, seed), _BATCH_NS)
         own_ns = float(np.median([(await node.caller.call(URGENT.key, sentence)).answer.run_ns for _ in range(_WARM_UP)]))
         alone: list[Reply] = []
