@@ -197,7 +197,7 @@ class Dispatcher:
     def _run(self, function: FunctionState, lane: Lane, now_ns: int) -> None:
         self._count_overtaken(function, now_ns)
         self._release_hold(function)
-        request = function.queue.popleft()
+        request = function.dequeue()
         extent = function.extents[lane.device.spec.id]
         extent.pins += 1
         request.lane = lane

@@ -37,6 +37,7 @@ class FunctionState:
         "on_time",
         "overtaken",
         "queue",
+        "queued_ns",
         "ready_key",
         "removed",
         "retried",
@@ -57,6 +58,7 @@ class FunctionState:
         self.need = NeedEstimate(now_ns)
         self.lane_key: LaneKey = (spec.share.sm_percent, spec.cls)
         self.queue: deque[RequestState] = deque()
+        self.queued_ns = 0
         self.extents: dict[str, Extent] = {}
         self.running = 0
         self.removed = False
@@ -72,6 +74,24 @@ class FunctionState:
         self.estimate.rescale(self.account.share.sm_percent, share.sm_percent)
         self.account.set_share(share, now_ns)
         self.lane_key = (share.sm_percent, self.spec.cls)
+
+    def enqueue(self, request: RequestState, *, first: bool = False) -> None:
+        """A request waits; `queued_ns` is what all that wait are expected to take."""
+        request.estimate_ns = self.estimate.run_ns(request.rows)
+        self.queued_ns += request.estimate_ns
+        if first:
+            self.queue.appendleft(request)
+        else:
+            self.queue.append(request)
+
+    def dequeue(self, request: RequestState | None = None) -> RequestState:
+        """A request waits no more: this one, or the first."""
+        if request is None:
+            request = self.queue.popleft()
+        else:
+            self.queue.remove(request)
+        self.queued_ns -= request.estimate_ns
+        return request
 
     @property
     def idle(self) -> bool:

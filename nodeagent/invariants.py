@@ -57,6 +57,7 @@ def _check_requests(state: NodeState) -> None:
     running = Counter(lane.request.function.number for lane in state.lanes.values() if lane.request is not None)
     for function in state.node.functions.values():
         assert running[function.number] == function.running, f"{function.spec.key}: {running[function.number]} run, {function.running} counted"
+        assert function.queued_ns == sum(request.estimate_ns for request in function.queue), f"{function.spec.key}: {function.queued_ns} ns queued"
         assert not (function.queue and function.removed), f"{function.spec.key} was removed and has work queued"
 
 

@@ -102,7 +102,7 @@ class NodeState:
             return
         function.removed = True
         while function.queue:
-            self._reject(function.queue.popleft(), Reason.REMOVED)
+            self._reject(function.dequeue(), Reason.REMOVED)
         self._dispatcher.requeue(function, now_ns)
         self._retire(function)
         self._reap_at_ns = now_ns + self.settings.lane_idle_ns
@@ -156,21 +156,18 @@ class NodeState:
         function.need.arrived(now_ns)
         request = RequestState(event, function, now_ns)
         self.requests[event.request] = request
-        function.queue.append(request)
+        function.enqueue(request)
         heapq.heappush(self._deadlines, (event.deadline_ns, event.request))
         if len(function.queue) == 1:
             self._dispatcher.requeue(function, now_ns)
 
     def _earliest_finish_ns(self, function: FunctionState, run_ns: int, now_ns: int) -> int:
         """The soonest that one more batch could end if nobody else had any work: what is queued, spread over all devices, held to the limit."""
-        ahead_ns = sum(function.estimate.run_ns(request.rows) for request in function.queue)
-        parallel = min(len(self.devices) * (100 // function.account.share.sm_percent), max(1, len(function.queue)))
-        queue_ns = ahead_ns * WHOLE_QUOTA_BP // min(parallel * WHOLE_QUOTA_BP, self._limit_bp(function, parallel))
+        share = function.account.share
+        parallel = min(len(self.devices) * (100 // share.sm_percent), max(1, len(function.queue)))
+        at_most_bp = share.limit_bp if share.limit_bp < WHOLE_QUOTA_BP else parallel * WHOLE_QUOTA_BP
+        queue_ns = function.queued_ns * WHOLE_QUOTA_BP // min(parallel * WHOLE_QUOTA_BP, at_most_bp)
         return max(now_ns, function.account.limit_due_ns) + queue_ns + run_ns
-
-    def _limit_bp(self, function: FunctionState, parallel: int) -> int:
-        limit_bp = function.account.share.limit_bp
-        return limit_bp if limit_bp < WHOLE_QUOTA_BP else parallel * WHOLE_QUOTA_BP
 
     def _request_cancelled(self, event: ev.RequestCancelled, now_ns: int) -> None:
         request = self.requests.get(event.request)
@@ -179,8 +176,7 @@ class NodeState:
         if request.lane is not None:
             request.cancelled = True
             return
-        request.function.queue.remove(request)
-        self._reject(request, Reason.CANCELLED)
+        self._reject(request.function.dequeue(request), Reason.CANCELLED)
         self._dispatcher.requeue(request.function, now_ns)
 
     def _expire(self, now_ns: int) -> None:
@@ -189,8 +185,7 @@ class NodeState:
             _, number = heapq.heappop(self._deadlines)
             request = self.requests.get(number)
             if request is not None and request.lane is None:
-                request.function.queue.remove(request)
-                self._reject(request, Reason.DEADLINE)
+                self._reject(request.function.dequeue(request), Reason.DEADLINE)
                 self._dispatcher.requeue(request.function, now_ns)
 
     def _reject(self, request: RequestState, reason: Reason, retry_after_ms: int = 0) -> None:
@@ -280,7 +275,7 @@ class NodeState:
             request.retried = True
             request.gpu_ns = 0
             function.retried += 1
-            function.queue.appendleft(request)
+            function.enqueue(request, first=True)
             heapq.heappush(self._deadlines, (request.deadline_ns, request.number))
         self._settle(function, now_ns)
 
