@@ -1,6 +1,6 @@
 """Preemption: what a best-effort neighbour that never pauses costs a latency-sensitive function.
 
-Open-loop Poisson arrivals for a real sentence encoder, alone and beside the neighbour in turns, the very same arrivals in both. The neighbour runs
+Open-loop Poisson arrivals for a real voice detector, alone and beside the neighbour in turns, the very same arrivals in both. The neighbour runs
 long batches in short segments, back to back.
 """
 
@@ -26,10 +26,9 @@ _DEPTH = 64
 _BATCH_NS = 50 * MS
 _LOAD = 0.25
 _WARM_UP = 30
-_TOKENS = 16
 
-URGENT = Function("urgent", catalogued("minilm"), share=Share.of(100, 60))
-PATIENT = Function("patient", catalogued(f"mlp?width=512&depth={_DEPTH}"), cls=FunctionClass.BEST_EFFORT, share=Share.of(100, 20), max_batch=1024)
+URGENT = Function("urgent", catalogued("silero-vad"), share=Share.of(100, 90))
+PATIENT = Function("patient", catalogued(f"mlp?width=256&depth={_DEPTH}"), cls=FunctionClass.BEST_EFFORT, share=Share.of(100, 1), max_batch=1024)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +54,17 @@ class Preempted:
 async def measure(node: Node, turns: int, seconds: float, seed: int) -> Preempted:
     """`turns` of `seconds` alone and `seconds` beside the neighbour."""
     async with node.serving(URGENT, PATIENT):
-        sentence = {name: array[:, :_TOKENS] for name, array in sample_inputs(URGENT.model, 1, seed).items()}
+        speech = sample_inputs(URGENT.model, 1, seed)
         long_batch = await rows_for(node, PATIENT.key, sample_inputs(PATIENT.model, 8, seed), _BATCH_NS)
-        own_ns = float(np.median([(await node.caller.call(URGENT.key, sentence)).answer.run_ns for _ in range(_WARM_UP)]))
+        own_ns = float(np.median([(await node.caller.call(URGENT.key, speech)).answer.run_ns for _ in range(_WARM_UP)]))
         alone: list[Reply] = []
         beside: list[Reply] = []
         batches = used_ns = 0
         for turn in range(turns):
             gaps_s = _gaps(random.Random(seed + turn), seconds, own_ns / S / _LOAD)
-            alone += await _arrivals(node, sentence, gaps_s)
+            alone += await _arrivals(node, speech, gaps_s)
             async with saturated(node, PATIENT.key, long_batch, depth=2) as record:
-                beside += await _arrivals(node, sentence, gaps_s)
+                beside += await _arrivals(node, speech, gaps_s)
             batches += record.answered
             used_ns += record.used_ns
     return Preempted(
