@@ -55,7 +55,7 @@ def answer(line: bytes, store: Path) -> Reply:
         ref = ModelRef(request.format, request.source)
         name = files.ref_name(ref)
         index = write(load(ref), store, request.limit_bytes)
-        remember(store, name, index.digest)
+        _remember(store, name, index.digest)
         return Reply(request.id, index.digest, index.total_bytes)
     except MemoryError:
         return _failed(request.id, Unavailable("there is no memory to load the model"))
@@ -84,6 +84,14 @@ def main() -> None:
         for left in store.glob(f"{files.TEMPORARY}*"):
             left.unlink(missing_ok=True)
         serve(sys.stdin.buffer, replies, store)
+
+
+def _remember(store: Path, name: str, digest: str) -> None:
+    """Notes the digest for the next agent. Without a note the model is served all the same: it is whole, and only read again after a restart."""
+    try:
+        remember(store, name, digest)
+    except Unavailable as error:
+        print(f"the next agent will read {digest} again: {error.message}", file=sys.stderr)
 
 
 def _failed(request: int, error: BaseException) -> Reply:
