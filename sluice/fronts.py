@@ -44,17 +44,18 @@ class Front(Protocol):
 class Pauses:
     """How long to wait before starting again what died: longer each time, short again after a steady life."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._steps = self._sequence()
-        self._started = time.monotonic()
+        self._started = clock()
 
     def started(self) -> None:
-        """The process runs again."""
-        self._started = time.monotonic()
+        """It is tried again now."""
+        self._started = self._clock()
 
     def next(self) -> float:
         """Seconds to wait now that it died."""
-        if time.monotonic() - self._started > _STEADY_S:
+        if self._clock() - self._started > _STEADY_S:
             self._steps = self._sequence()
         return next(self._steps)
 
@@ -119,8 +120,8 @@ class SharedFront:
             self._say(f"the predictor {describe_exit(code)}; a new one starts in {pause:g} s")
             await asyncio.sleep(pause)
             try:
-                self._predictor = Predictor(self._options, self._port)
                 pauses.started()
+                self._predictor = Predictor(self._options, self._port)
                 if self._client is not None:
                     await self._predictor.grant(self._client)
             except (OSError, SluiceError) as error:

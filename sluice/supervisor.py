@@ -168,8 +168,8 @@ class Supervisor:
             self._say(f"the node agent {describe_exit(code)}; a new one starts in {pause:g} s")
             await asyncio.sleep(pause)
             try:
-                client = await self._start_agent()
                 pauses.started()
+                client = await self._start_agent()
                 assert self._front is not None
                 await self._front.agent_changed(client)
                 outcome = await self._declare_all(client, lambda _: None)

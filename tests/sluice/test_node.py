@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,14 +49,15 @@ def until(condition: Callable[[], bool]) -> None:
 class Node:
     """`sluice up` as a user runs it, its JSON lines, and every process it ever had."""
 
-    def __init__(self, folder: Path, documents: str, *options: str) -> None:
+    def __init__(self, folder: Path, documents: str, *options: str, for_people: bool = False) -> None:
         self.run_dir = folder / "run"
         (folder / "functions.yaml").write_text(documents)
-        limits = ("--device-memory", "32Mi", "--host-memory", "256Mi", "--port", "0", "--json", "--run-dir", str(self.run_dir))
+        limits = ("--device-memory", "32Mi", "--host-memory", "256Mi", "--port", "0", "--run-dir", str(self.run_dir))
+        form = () if for_people else ("--json",)
         self.log = folder / "up.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "sluice", "up", str(folder / "functions.yaml"), *limits, *options],
+                [sys.executable, "-m", "sluice", "up", str(folder / "functions.yaml"), *limits, *form, *options],
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -307,6 +309,34 @@ def test_isolated_functions_go_to_zero_and_come_back_with_their_weights(tmp_path
     finally:
         code = node.end()
     assert (code, node.left_behind()) == (0, []), node.log.read_text()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_lines_to_paste_work_as_they_stand(tmp_path: Path) -> None:
+    node = Node(tmp_path, TWO, for_people=True)
+    try:
+        assert node.process.stdout is not None
+        lines = []
+        while not (lines and "Ctrl-C stops" in lines[-1]):
+            lines.append(node.process.stdout.readline().decode())
+            assert lines[-1], node.log.read_text()
+        pasted = [line.strip() for line in lines if "curl" in line]
+        answers = [json.loads(subprocess.run(["sh", "-c", line], capture_output=True, check=True).stdout) for line in pasted]
+    finally:
+        code = node.end()
+
+    assert [answer["model_name"] for answer in answers] == ["mlp-a", "mlp-b"]
+    assert any("default/mlp-a" in line and "latency-sensitive" in line for line in lines)
+    assert (code, node.left_behind()) == (0, [])
+
+
+def test_an_isolated_demo_tells_the_batches_of_all_processes_apart(tmp_path: Path) -> None:
+    node = Node(tmp_path, TWO, "--isolate", "--idle-seconds", "0.3", "--demo", "3")
+    report = node.line()
+    code = node.end()
+
+    assert (code, node.left_behind()) == (0, []), node.log.read_text()
+    assert report["passed"]
 
 
 def test_a_demo_on_a_device_too_small_for_all_answers_everything_right(tmp_path: Path) -> None:
