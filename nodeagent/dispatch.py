@@ -242,13 +242,12 @@ class Dispatcher:
                 if lane.request is not None and lane.request.function.account.tier(now_ns)[0] > tier:
                     victims.append(lane)
                     room += lane.sm_percent
-            # Pausing is for nothing unless the weights and a lane are there, or can be, when the room is.
-            holds = device.spec.id in function.extents or find_place(function, device, self.node.functions, now_ns) is not None
-            if room < function.lane_key[0] or not holds:
+            if room < function.lane_key[0]:
                 continue
+            # Pausing is for nothing unless the weights and a lane are there, or can be, when the room is.
             if device.idle_lane(function.lane_key) is None:
                 self._pool.want(device, function.lane_key, now_ns)
-            else:
+            elif device.spec.id in function.extents or find_place(function, device, self.node.functions, now_ns) is not None:
                 for lane in victims:
                     lane.state = LaneState.PAUSING
                     assert lane.request is not None

@@ -230,6 +230,11 @@ class Device:
                 found = found or lane
         return found
 
+    def lacks_lane(self, key: LaneKey) -> bool:
+        """One more lane of this size and class could run beside those there are, and none is on its way."""
+        peers = self.lanes_by_key.get(key, ())
+        return len(peers) < 100 // key[0] and not any(lane.state is LaneState.STARTING for lane in peers)
+
     def preemptible(self) -> Iterator[Lane]:
         """Lanes whose running batch may be asked to pause."""
         return (lane for lane in self.lanes.values() if lane.state is LaneState.RUNNING and lane.key[1] is FunctionClass.BEST_EFFORT)

@@ -42,21 +42,27 @@ class LanePool:
 
     def want(self, device: Device, key: LaneKey, now_ns: int) -> None:
         """Starts a lane of this size and class if there may be one more, making room among idle lanes of other sizes."""
-        peers = device.lanes_by_key.get(key, ())
-        if len(peers) >= 100 // key[0] or any(lane.state is LaneState.STARTING for lane in peers) or now_ns < device.start_after_ns:
+        if not device.lacks_lane(key) or now_ns < device.start_after_ns:
             return
         if len(device.lanes) >= self.node.settings.max_lanes_per_device:
-            settled_ns = (
-                now_ns - self.node.settings.window_ns
-            )  # a lane that has just come up or run is given a window, or lanes would only come and go
-            idle = [lane for lane in device.lanes.values() if lane.state is LaneState.IDLE and lane.key != key and lane.since_ns <= settled_ns]
-            if idle and not any(lane.state is LaneState.STOPPING for lane in device.lanes.values()):
-                self.stop(min(idle, key=lambda lane: lane.since_ns), now_ns)
+            self._make_room(device, key, now_ns)
             return
         lane = Lane(self.node.next_number(), device, key, now_ns)
         self.node.lanes[lane.number] = device.lanes[lane.number] = lane
         device.lanes_by_key.setdefault(key, []).append(lane)
         self.node.emit(ev.StartLane(lane.number, device.spec.id, *key))
+
+    def _make_room(self, device: Device, key: LaneKey, now_ns: int) -> None:
+        """Stops the lane of another size that has been idle longest. One that has just run is given a window, or lanes would only come and go."""
+        if any(lane.state is LaneState.STOPPING for lane in device.lanes.values()):
+            return
+        idle = [lane for lane in device.lanes.values() if lane.state is LaneState.IDLE and lane.key != key]
+        if idle:
+            longest = min(idle, key=lambda lane: lane.since_ns)
+            device.start_after_ns = longest.since_ns + self.node.settings.window_ns
+            if device.start_after_ns <= now_ns:
+                device.start_after_ns = 0
+                self.stop(longest, now_ns)
 
     def stop(self, lane: Lane, now_ns: int) -> None:
         """Stops an idle lane. A copy that it makes is lost with it, so a copying lane stays."""

@@ -69,8 +69,8 @@ def choose(
             lane = device.idle_lane(key, prefer=copier)
             if lane is not None and lane.number == copier:
                 return RunOn(lane)
-        if lane is None and wanted is None and (extent is not None or find_place(function, device, owners, now_ns) is not None):
-            wanted = device
+        if lane is None and wanted is None and device.lacks_lane(key):
+            wanted = device if extent is not None or find_place(function, device, owners, now_ns) is not None else None
     if open_lanes:
         wait_ns = min((_wait_ns(devices[id_], extent, now_ns) for id_, extent in function.extents.items()), default=NEVER_NS)
         open_lanes.sort(key=lambda entry: entry[:3])

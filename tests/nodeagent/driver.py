@@ -33,7 +33,16 @@ class Driver:
             self._carry_out(command)
         self.history += commands
         self.state.check()
+        self._check_progress()
         return commands
+
+    def _check_progress(self) -> None:
+        """Work that may run never waits while nothing at all is under way: no run, no copy, no lane that comes or goes."""
+        copying = any(self.copied[copy] < until for copy, (_, until) in self.copies.items())
+        held_up = any(device.start_after_ns for device in self.state.devices.values())
+        if not (self.running or self.starting or copying or held_up):
+            waiting = [item.function if hasattr(item, "function") else item for item in self.state.node.ready.head(5)]
+            assert not waiting, f"stalled: {[(item.spec.key, item.lane_key, list(item.extents)) for item in waiting]}"
 
     def _carry_out(self, command: ev.Command) -> None:
         match command:
