@@ -149,6 +149,31 @@ class Declaring(threading.Thread):
         return self.error
 
 
+def test_a_client_that_leaves_in_the_middle_leaves_nothing(served: tuple[Agent, Control, Predictor]) -> None:
+    agent, _, predictor = served
+    for _ in range(3):
+        leaving = Predictor(agent.run_dir)
+        batches = load(predictor, 40)
+        load(leaving, 40)
+        leaving.close()
+        assert check(predictor, batches) == 40
+    agent.leaks_nothing()
+
+
+def test_kill_9_of_a_loader_that_stands_still(served: tuple[Agent, Control, Predictor]) -> None:
+    agent, control, _ = served
+    control.declare(function("first", source(21)))
+    (loader,) = agent.processes("loader")
+    loader.suspend()
+    declaring = [Declaring(agent, f"next-{number}", source(30 + number)) for number in range(3)]
+    until(lambda: sum(each.state == "loading" for each in control.status().functions) == 3, "the three declarations")
+    loader.kill()
+    assert sorted(type(each.outcome()).__name__ for each in declaring) == ["NoneType", "NoneType", "Unavailable"], "one was being read"
+    for each in control.status().functions:
+        if each.key not in MODELS:
+            control.remove(each.key)
+
+
 def test_kill_9_of_the_loader_while_it_writes(served: tuple[Agent, Control, Predictor]) -> None:
     agent, control, predictor = served
     large = source(9, width=512, depth=48)
@@ -170,32 +195,6 @@ def test_kill_9_of_the_loader_while_it_writes(served: tuple[Agent, Control, Pred
     assert not list(agent.store.glob(".tmp-*"))
     control.remove("default/small")
     control.remove("default/large")
-    agent.leaks_nothing()
-
-
-def test_kill_9_of_a_loader_that_stands_still(served: tuple[Agent, Control, Predictor]) -> None:
-    agent, control, _ = served
-    control.declare(function("first", source(21)))
-    (loader,) = agent.processes("loader")
-    loader.suspend()
-    declaring = [Declaring(agent, f"next-{number}", source(30 + number)) for number in range(3)]
-    until(lambda: sum(each.state == "loading" for each in control.status().functions) == 3, "the three declarations")
-    loader.kill()
-    assert sorted(type(each.outcome()).__name__ for each in declaring) == ["NoneType", "NoneType", "Unavailable"], "one was being read"
-    for each in control.status().functions:
-        if each.key not in MODELS:
-            control.remove(each.key)
-    agent.leaks_nothing()
-
-
-def test_a_client_that_leaves_in_the_middle_leaves_nothing(served: tuple[Agent, Control, Predictor]) -> None:
-    agent, _, predictor = served
-    for _ in range(3):
-        leaving = Predictor(agent.run_dir)
-        batches = load(predictor, 40)
-        load(leaving, 40)
-        leaving.close()
-        assert check(predictor, batches) == 40
     agent.leaks_nothing()
 
 
