@@ -180,6 +180,11 @@ class Lane:
         """It holds SMs now."""
         return self.state in (LaneState.RUNNING, LaneState.PAUSING)
 
+    @property
+    def serving(self) -> bool:
+        """It has come up and was not told to stop."""
+        return self.state not in (LaneState.STARTING, LaneState.STOPPING)
+
     def remaining_ns(self, now_ns: int) -> int:
         """How much longer its batch is expected to run."""
         if self.request is None:

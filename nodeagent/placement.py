@@ -72,7 +72,7 @@ def choose(
         if lane is None and wanted is None and device.lacks_lane(key):
             wanted = device if extent is not None or find_place(function, device, owners, now_ns) is not None else None
     if open_lanes:
-        wait_ns = min((_wait_ns(devices[id_], extent, now_ns) for id_, extent in function.extents.items()), default=NEVER_NS)
+        wait_ns = min((_wait_ns(function, devices[id_], extent, now_ns) for id_, extent in function.extents.items()), default=NEVER_NS)
         open_lanes.sort(key=lambda entry: entry[:3])
         if wait_ns <= open_lanes[0][0]:
             return WaitFor(holder_ns=max(1, wait_ns))
@@ -88,8 +88,10 @@ def choose(
     return WaitFor(lane_wanted=wanted)
 
 
-def _wait_ns(device: Device, extent: Extent, now_ns: int) -> int:
-    """How soon a busy holder can take the batch: the copy that is under way, or the first of its batches to end."""
+def _wait_ns(function: FunctionState, device: Device, extent: Extent, now_ns: int) -> int:
+    """How soon a busy holder can take the batch: when its copy ends, or the first of its batches. Never: it has no lane, or is kept for another."""
+    if device.held_for not in (None, function) or not any(lane.serving for lane in device.lanes_by_key.get(function.lane_key, ())):
+        return NEVER_NS
     if not extent.resident:
         return device.link.swap_ns(extent.nbytes - extent.copied_bytes)
     return min((lane.remaining_ns(now_ns) for lane in device.lanes.values() if lane.request is not None), default=0)

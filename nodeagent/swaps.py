@@ -10,12 +10,10 @@ from collections.abc import Collection, Iterable
 from contracts.functions import FunctionClass
 from nodeagent import events as ev
 from nodeagent.copies import CopyTask, Link
-from nodeagent.entities import Device, FunctionState, Lane, LaneKey, LaneState, RequestState
+from nodeagent.entities import Device, FunctionState, Lane, LaneKey, RequestState
 from nodeagent.memory import Place
 from nodeagent.node import Node
 from nodeagent.placement import find_place
-
-_AWAY = (LaneState.STARTING, LaneState.STOPPING)
 
 
 class Swaps:
@@ -112,6 +110,6 @@ class Swaps:
     def _copying_lane(self, device: Device, key: LaneKey) -> Lane | None:
         """The lane that a prefetched function would run in, else any that serves."""
         for lane in device.lanes_by_key.get(key, ()):
-            if lane.state not in _AWAY:
+            if lane.serving:
                 return lane
-        return next((lane for lane in device.lanes.values() if lane.state not in _AWAY), None)
+        return next((lane for lane in device.lanes.values() if lane.serving), None)
