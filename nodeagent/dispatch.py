@@ -13,7 +13,7 @@ from nodeagent.copies import Link
 from nodeagent.entities import Device, FunctionState, Lane, LaneState, RequestState
 from nodeagent.lane_pool import LanePool
 from nodeagent.node import Node
-from nodeagent.placement import RunOn, SwapTo, choose, find_place
+from nodeagent.placement import RunOn, SwapTo, choose, find_place, holder_wait_ns
 from nodeagent.swaps import Swaps
 from nodeagent.tokens import Tier, lateness_rank
 
@@ -66,6 +66,8 @@ class Dispatcher:
 
     def _place(self, item: FunctionState | RequestState, function: FunctionState, head: RequestState, estimate_ns: int, now_ns: int) -> None:
         tier, change_ns = function.account.tier(now_ns)
+        if tier is Tier.BLOCKED and item is not function:
+            tier = Tier.BE_BORROWED  # a batch that has begun may end; it leaves a debt
         if function.overtaken >= self.node.settings.skip_limit and tier is not Tier.BLOCKED:
             tier = Tier.STARVED
         latest_start_ns = head.slo_deadline_ns - estimate_ns
@@ -224,6 +226,14 @@ class Dispatcher:
             self._pool.occupy(lane, now_ns)
             self.node.emit(ev.Resume(lane.number, request.number))
 
+    def _would_use(self, function: FunctionState, device: Device, now_ns: int) -> bool:
+        """With SMs and a lane there it would run on this device: its weights are there, or could be, sooner than another that holds them is free."""
+        if device.spec.id in function.extents:
+            return True
+        if holder_wait_ns(function, self.node.devices, now_ns) <= device.link.swap_ns(function.spec.weight_bytes):
+            return False
+        return find_place(function, device, self.node.functions, now_ns) is not None
+
     def _preempt(self, function: FunctionState, candidates: Sequence[Device], now_ns: int) -> Device | None:
         """Asks less urgent best-effort batches to pause where that makes room; returns the device that will have it."""
         if function.ready_key is None:
@@ -244,10 +254,9 @@ class Dispatcher:
                     room += lane.sm_percent
             if room < function.lane_key[0]:
                 continue
-            # Pausing is for nothing unless the weights and a lane are there, or can be, when the room is.
             if device.idle_lane(function.lane_key) is None:
                 self._pool.want(device, function.lane_key, now_ns)
-            elif device.spec.id in function.extents or find_place(function, device, self.node.functions, now_ns) is not None:
+            elif self._would_use(function, device, now_ns):
                 for lane in victims:
                     lane.state = LaneState.PAUSING
                     assert lane.request is not None

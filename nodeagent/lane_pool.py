@@ -77,6 +77,6 @@ class LanePool:
             device.failed_starts += 1
             device.start_after_ns = now_ns + min(30 * S, _FIRST_BACKOFF_NS << min(device.failed_starts, 10))
         self.vacate(lane, LaneState.STOPPING, now_ns)
-        self._swaps.abandon(lane)
+        self._swaps.abandon(lane, now_ns)
         del self.node.lanes[lane.number], device.lanes[lane.number]
         device.lanes_by_key[lane.key].remove(lane)

@@ -72,7 +72,7 @@ def choose(
         if lane is None and wanted is None and device.lacks_lane(key):
             wanted = device if extent is not None or find_place(function, device, owners, now_ns) is not None else None
     if open_lanes:
-        wait_ns = min((_wait_ns(function, devices[id_], extent, now_ns) for id_, extent in function.extents.items()), default=NEVER_NS)
+        wait_ns = holder_wait_ns(function, devices, now_ns)
         open_lanes.sort(key=lambda entry: entry[:3])
         if wait_ns <= open_lanes[0][0]:
             return WaitFor(holder_ns=max(1, wait_ns))
@@ -86,6 +86,11 @@ def choose(
         if best is not None:
             return best
     return WaitFor(lane_wanted=wanted)
+
+
+def holder_wait_ns(function: FunctionState, devices: Mapping[str, Device], now_ns: int) -> int:
+    """How soon some device that holds the function's weights can take its next batch."""
+    return min((_wait_ns(function, devices[id_], extent, now_ns) for id_, extent in function.extents.items()), default=NEVER_NS)
 
 
 def _wait_ns(function: FunctionState, device: Device, extent: Extent, now_ns: int) -> int:

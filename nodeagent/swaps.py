@@ -59,13 +59,14 @@ class Swaps:
             self.node.free(device)
             self.node.emit(ev.Evict(device.spec.id, function.spec.key))
 
-    def abandon(self, lane: Lane) -> None:
-        """The lane has gone, and its copies with it."""
+    def abandon(self, lane: Lane, now_ns: int) -> None:
+        """The lane has gone, and its copies with it; what they held of the link goes to others."""
         device = lane.device
         for task in [task for task in device.link.tasks.values() if task.lane == lane.number]:
             device.link.abandon(task.copy)
             self._copy_over(task)
             self.release(self.node.functions[task.owner], device)
+        self._grant(device.link, now_ns)
 
     def _copy_over(self, task: CopyTask) -> None:
         extent = self.node.functions[task.owner].extents[task.device]

@@ -12,6 +12,10 @@ from collections.abc import Callable
 
 from contracts.errors import ProtocolError
 
+_F_SEAL_FUTURE_WRITE = 0x10
+_NEEDED_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+_FORBIDDEN_SEALS = fcntl.F_SEAL_WRITE | _F_SEAL_FUTURE_WRITE
+
 
 class Segment:
     """A predictor's memory. `refs` counts its requests and the runs that may still write into it; `on_free` is called once nobody can."""
@@ -44,15 +48,19 @@ class Segment:
 
 
 def check_segment(fd: int, nbytes: int) -> None:
-    """ProtocolError unless `fd` is a memfd of at least `nbytes` that can never shrink: a lane that maps it must not be killed by SIGBUS."""
+    """ProtocolError unless `fd` is a writable memfd of at least `nbytes` that stays so: a lane that maps it must meet no SIGBUS and no refusal."""
     size = os.fstat(fd).st_size
     if not 0 < nbytes <= size:
         raise ProtocolError(f"the segment holds {size} bytes, the Hello says {nbytes}")
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
+        raise ProtocolError("the segment must be open for reading and writing")
     with contextlib.suppress(OSError):
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _NEEDED_SEALS)
     try:
-        sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:
-        sealed = 0
-    if not sealed:
-        raise ProtocolError("the segment must be a memfd made with MFD_ALLOW_SEALING, so that it can be sealed against shrinking")
+        seals = 0
+    if seals & _NEEDED_SEALS != _NEEDED_SEALS or seals & _FORBIDDEN_SEALS:
+        raise ProtocolError(
+            "the segment must be a memfd made with MFD_ALLOW_SEALING, which can be sealed against shrinking and is not against writing"
+        )

@@ -449,6 +449,34 @@ def test_a_copy_dies_with_its_lane_and_is_made_again() -> None:
     driver.drain()
 
 
+def test_a_copy_goes_on_when_the_lane_of_another_is_lost() -> None:
+    driver = Driver(settings=Settings(chunk_bytes=MIB))
+    driver.declare("a", share=(50, 10))
+    driver.declare("b", share=(30, 10))
+    driver.lanes_up()
+    driver.arrive(1, "a")
+    driver.arrive(2, "b")
+    first = next(run.lane for run in driver.running.values() if run.function == "a")
+    copy = next(copy for copy, (lane, _) in driver.copies.items() if lane != first)
+    while driver.copied[copy] < driver.copies[copy][1]:
+        driver.copy_on(copy)
+    assert any(isinstance(command, ev.CopyGrant) and command.copy == copy for command in driver.lose(first))
+
+
+def test_a_paused_batch_goes_on_although_its_function_is_at_its_limit() -> None:
+    driver = Driver()
+    driver.declare("ls", share=(100, 20))
+    driver.declare("be", share=(100, 10, 10), cls=BE)
+    warm(driver, "ls", "be")
+    driver.now_ns += S
+    driver.arrive(1, "be")
+    (be_lane,) = driver.running
+    driver.arrive(2, "ls")
+    driver.pause(be_lane, gpu_ns=90 * MS)
+    (ls_lane,) = driver.running
+    assert ev.Resume(be_lane, 1) in driver.finish(ls_lane)
+
+
 def test_a_lane_that_never_comes_up_is_not_started_in_a_frenzy() -> None:
     driver = Driver()
     driver.declare("a")
