@@ -5,6 +5,7 @@ Owns the mappings. Never allocates in a segment, and never copies an input of a 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
@@ -42,9 +43,10 @@ class Segments:
         self._maps: dict[int, mmap.mmap] = {}
 
     def map(self, segment: int, fd: int, nbytes: int) -> None:
-        """Maps a segment and closes its descriptor."""
+        """Maps a segment and closes its descriptor. One that cannot be mapped (larger than the address space) fails its own batches and no others."""
         try:
-            self._maps[segment] = mmap.mmap(fd, nbytes)
+            with contextlib.suppress(OSError, ValueError, OverflowError):
+                self._maps[segment] = mmap.mmap(fd, nbytes)
         finally:
             os.close(fd)
 
@@ -84,7 +86,7 @@ class Segments:
     def _find(self, segment: int) -> mmap.mmap:
         mapped = self._maps.get(segment)
         if mapped is None:
-            raise ExecutionError(f"segment {segment} is not mapped: its predictor has gone")
+            raise ExecutionError(f"segment {segment} is not mapped: its predictor has gone, or its memory cannot be mapped")
         return mapped
 
 
