@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import sys
 
@@ -26,6 +27,7 @@ async def _serve(options: Options) -> None:
 
 def main(options: Options) -> int:
     """Serves until a signal; 0 after a clean end, 1 when the agent could not start or its state broke."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s nodeagent %(levelname)s %(message)s")
     try:
         lock = lock_run_dir(options.run_dir)

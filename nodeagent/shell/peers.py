@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import socket
 import time
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from nodeagent.shell.requests import Request, count_rows
 from nodeagent.shell.segments import Segment, check_segment
 
 _log = logging.getLogger(__name__)
+_RESERVED_FDS = 128
+"""Descriptors that predictors cannot take, however many connect: lanes, loader and control connections need them."""
 
 
 class PeersOwner(Protocol):
@@ -73,6 +76,8 @@ class Peers:
         self._grants: dict[int, tuple[frozenset[str], int]] = {}
         self._segments = 0
         self._requests = 0
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._last_fd = limit - min(_RESERVED_FDS, limit // 2)
         self.draining = False
 
     def __iter__(self) -> Iterator[Peer]:
@@ -81,6 +86,10 @@ class Peers:
     def connect(self, sock: socket.socket) -> None:
         """A process connected to `agent.sock`."""
         pid = credentials(sock).pid
+        if sock.fileno() > self._last_fd:
+            _log.warning("process %d is turned away: too many connections (raise the agent's limit of open files)", pid)
+            sock.close()
+            return
         grant = self._grants.get(pid)
         peer = Peer(pid, None if grant is None else grant[0])
         peer.channel = AsyncChannel(
@@ -159,6 +168,8 @@ class Peers:
                 raise ProtocolError("a second Hello on one connection")
             if message.protocol != PROTOCOL_VERSION:
                 raise ProtocolError(f"the predictor speaks protocol {message.protocol}, this agent {PROTOCOL_VERSION}")
+            if fd > self._last_fd:
+                raise ProtocolError("too many predictors: the agent may open no more files")
             check_segment(fd, message.segment_bytes)
         except ProtocolError:
             os.close(fd)
