@@ -147,11 +147,11 @@ class Predictor:
         self.channel = Channel(sock, ToPredictor)
         self.channel.send(Hello(PROTOCOL_VERSION, segment_bytes), [self.fd])
         self.outcomes: dict[int, Answer | Failed] = {}
-        self._ids = itertools.count(1)
+        self.ids = itertools.count(1)
 
     def batch(self, key: str, *parts: np.ndarray, timeout_s: float = PATIENCE_S) -> Submit:
         """A Submit whose inputs lie in the segment, each part's output behind its input."""
-        number = next(self._ids)
+        number = next(self.ids)
         at = number * SLOT % (len(self.memory) - SLOT)
         placed = []
         for rows in parts:

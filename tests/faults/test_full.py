@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from contracts.errors import Unavailable
-from tests.faults.real import Agent, Predictor, connected, function, source
+from tests.faults.real import Agent, Predictor, connected, function, source, until
 from tests.nodeagent.node import Control
 
 PRIVATE = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=2m,nr_inodes=200 tmpfs /dev/shm && exec "$@"', "sh")
@@ -36,6 +36,7 @@ class Shm:
         self.path = Path(f"/proc/{agent.process.pid}/root/dev/shm")
         self.store = self.path / agent.store.name
         self._filler = self.path / "filler"
+        self._before = self._names()
 
     def fill(self, free_bytes: int = 0) -> None:
         """Takes all of it but `free_bytes`."""
@@ -58,8 +59,11 @@ class Shm:
                 return
         raise AssertionError("there are always more inodes")
 
-    def names(self) -> set[str]:
-        """What the store holds."""
+    def holds_only_the_small(self) -> None:
+        """Waits until the store holds what it held at the beginning."""
+        until(lambda: self._names() == self._before, lambda: f"left behind: {self._names() - self._before}")
+
+    def _names(self) -> set[str]:
         return {path.name for path in self.store.iterdir()}
 
 
@@ -83,10 +87,9 @@ def still_serves(predictor: Predictor) -> None:
 
 def test_a_model_that_does_not_fit_is_refused_with_its_size(served: tuple[Control, Predictor, Shm]) -> None:
     control, predictor, shm = served
-    before = shm.names()
     with pytest.raises(Unavailable, match=r"no room for 3\.6 MiB"):
         control.declare(function("large", "mlp"))
-    assert shm.names() == before
+    shm.holds_only_the_small()
     still_serves(predictor)
     control.remove("default/large")
 
@@ -94,14 +97,14 @@ def test_a_model_that_does_not_fit_is_refused_with_its_size(served: tuple[Contro
 def test_wherever_the_memory_ends_the_model_is_whole_or_not_there(served: tuple[Control, Predictor, Shm]) -> None:
     """Room for weights, index and note runs out at each page in turn."""
     control, predictor, shm = served
-    before, fits = shm.names(), []
+    fits = []
     for pages in range(14):
         shm.fill(pages * 4096)
         fits.append(_declare(control))
         if fits[-1]:
             assert predictor.serves("default/next", source(2))
         else:
-            assert shm.names() == before, "a model that does not fit leaves nothing"
+            shm.holds_only_the_small()
         still_serves(predictor)
         control.remove("default/next")
     shm.free()
@@ -122,11 +125,10 @@ def _declare(control: Control) -> bool:
 
 def test_without_inodes_it_is_refused_too_and_serves_again_when_there_are_some(served: tuple[Control, Predictor, Shm]) -> None:
     control, predictor, shm = served
-    before = shm.names()
     shm.take_inodes()
     with pytest.raises(Unavailable, match="No space left"):
         control.declare(function("next", source(3)))
-    assert shm.names() == before
+    shm.holds_only_the_small()
     still_serves(predictor)
     for path in (shm.path / "files").iterdir():
         path.unlink()
