@@ -17,7 +17,7 @@ from nodeagent.placement import RunOn, SwapTo, choose, find_place, holder_wait_n
 from nodeagent.swaps import Swaps
 from nodeagent.tokens import Tier, lateness_rank
 
-_SCAN = 64
+_SCAN = 32
 _PREFETCH_SCAN = 16
 
 
@@ -110,7 +110,7 @@ class Dispatcher:
 
     def _fill(self, device: Device, now_ns: int) -> None:
         """Gives a device that has become freer to waiting work, most urgent first."""
-        may_preempt = any(True for _ in device.preemptible())
+        may_preempt = device.pausable > 0
         for item in self.node.ready.head(_SCAN):
             if device.running_sm >= 100 and not may_preempt:
                 return
@@ -242,7 +242,7 @@ class Dispatcher:
         if tier >= Tier.BE_BORROWED:
             return None
         for device in sorted(candidates, key=lambda d: d.spec.id not in function.extents) if len(candidates) > 1 else candidates:
-            if not any(True for _ in device.preemptible()) or device.held_for not in (None, function):
+            if not device.pausable or device.held_for not in (None, function):
                 continue
             room = 100 - device.running_sm + sum(lane.sm_percent for lane in device.lanes.values() if lane.state is LaneState.PAUSING)
             victims: list[Lane] = []
@@ -258,8 +258,6 @@ class Dispatcher:
                 self._pool.want(device, function.lane_key, now_ns)
             elif self._would_use(function, device, now_ns):
                 for lane in victims:
-                    lane.state = LaneState.PAUSING
-                    assert lane.request is not None
-                    self.node.emit(ev.Preempt(lane.number, lane.request.number))
+                    self._pool.pause(lane)
                 return device
         return None

@@ -181,6 +181,11 @@ class Lane:
         return self.state in (LaneState.RUNNING, LaneState.PAUSING)
 
     @property
+    def preemptible(self) -> bool:
+        """Its batch may be asked to pause."""
+        return self.state is LaneState.RUNNING and self.key[1] is FunctionClass.BEST_EFFORT
+
+    @property
     def serving(self) -> bool:
         """It has come up and was not told to stop."""
         return self.state not in (LaneState.STARTING, LaneState.STOPPING)
@@ -196,7 +201,10 @@ class Lane:
 
 
 class Device:
-    """A device: its memory, its lanes, its link, and how many percent of its SMs run now. `held_for`: kept free for a function that was starved."""
+    """A device: its memory, its lanes, its link, and how many percent of its SMs run now. `held_for`: kept free for a function that was starved.
+
+    `pausable` counts its running best-effort batches that were not yet asked to pause.
+    """
 
     __slots__ = (
         "busy_ns",
@@ -206,6 +214,7 @@ class Device:
         "lanes_by_key",
         "link",
         "memory",
+        "pausable",
         "running_sm",
         "spec",
         "start_after_ns",
@@ -220,6 +229,7 @@ class Device:
         self.lanes: dict[int, Lane] = {}
         self.lanes_by_key: dict[LaneKey, list[Lane]] = {}
         self.running_sm = 0
+        self.pausable = 0
         self.held_for: FunctionState | None = None
         self.busy_ns = self.swapped_bytes = self.swaps = 0
         self.failed_starts = 0
@@ -242,4 +252,4 @@ class Device:
 
     def preemptible(self) -> Iterator[Lane]:
         """Lanes whose running batch may be asked to pause."""
-        return (lane for lane in self.lanes.values() if lane.state is LaneState.RUNNING and lane.key[1] is FunctionClass.BEST_EFFORT)
+        return (lane for lane in self.lanes.values() if lane.preemptible)

@@ -24,6 +24,8 @@ def check(state: NodeState) -> None:
 def _check_sm(device: Device) -> None:
     running = sum(lane.sm_percent for lane in device.lanes.values() if lane.active)
     assert running == device.running_sm <= 100, f"{device.spec.id}: lanes of {running} % run, {device.running_sm} % are counted"
+    pausable = sum(1 for _ in device.preemptible())
+    assert pausable == device.pausable, f"{device.spec.id}: {pausable} batches can be paused, {device.pausable} are counted"
     for lane in device.lanes.values():
         busy = lane.state in (LaneState.RUNNING, LaneState.PAUSING, LaneState.PAUSED)
         assert busy == (lane.request is not None), f"lane {lane.number} is {lane.state.value} with request {lane.request}"

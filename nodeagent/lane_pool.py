@@ -23,9 +23,18 @@ class LanePool:
         lane.state = LaneState.RUNNING
         lane.since_ns = now_ns
         lane.device.running_sm += lane.sm_percent
+        lane.device.pausable += lane.preemptible
+
+    def pause(self, lane: Lane) -> None:
+        """Asks its batch to stand still at the next gate; it holds its SMs until then."""
+        assert lane.request is not None and lane.preemptible
+        lane.device.pausable -= 1
+        lane.state = LaneState.PAUSING
+        self.node.emit(ev.Preempt(lane.number, lane.request.number))
 
     def vacate(self, lane: Lane, state: LaneState, now_ns: int) -> None:
         """A lane no longer holds SMs; with its batch over (IDLE) its request leaves it."""
+        lane.device.pausable -= lane.preemptible
         if lane.active:
             lane.device.running_sm -= lane.sm_percent
         lane.state = state
