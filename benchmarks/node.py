@@ -38,7 +38,7 @@ class _Size:
 
 
 _FULL = _Size(requests=10_000, share_s=10, changes=10, turns=6, turn_s=10, calls=4_000, layers=12, swaps=15, events=40_000)
-_QUICK = _Size(requests=1_500, share_s=2.5, changes=2, turns=2, turn_s=1.5, calls=800, layers=2, swaps=5, events=8_000)
+_QUICK = _Size(requests=1_500, share_s=2.5, changes=2, turns=2, turn_s=1.5, calls=800, layers=4, swaps=4, events=8_000)
 
 
 def run(quick: bool) -> Result:
@@ -54,9 +54,8 @@ async def _on_nodes(size: _Size) -> dict[str, Metric]:
     async with running(_DEVICE_MEMORY) as node:
         for measure in (_latency, _preemption, _shares):
             metrics |= await measure(node, size)
-    cases = swap.cases(size.layers)
-    async with running(cases.device_bytes) as node:
-        metrics |= await _swap(node, cases, size)
+    async with running(swap.device_bytes(size.layers)) as node:
+        metrics |= await _swap(node, size)
     return metrics | await _correctness(size)
 
 
@@ -111,18 +110,22 @@ def _error(found: shares.Competition) -> float:
     return max(abs(found.percent["thirty"] - 30), abs(found.percent["sixty"] - 60))
 
 
-async def _swap(node: Node, cases: swap.Cases, size: _Size) -> dict[str, Metric]:
-    turns = await swap.measure(node, cases, size.swaps)
+async def _swap(node: Node, size: _Size) -> dict[str, Metric]:
+    turns = await swap.measure(node, swap.cases(size.layers), size.swaps)
     nbytes = turns[0].nbytes["table"]
-    return {
+    copy_ns = statistics.median(turn.copy_ns for turn in turns)
+    metrics = {
         "copy_ratio": Metric(statistics.median(turn.copy_ratio for turn in turns), "ratio", 0.8, "higher"),
-        "copy_gb_per_s": Metric(nbytes / statistics.median(turn.copy_ns for turn in turns), "GB/s"),
-        "cold_ratio": Metric(statistics.median(turn.cold_ratio("encoder") for turn in turns), "ratio", 1.15),
-        "cold_ratio_copy_bound": Metric(statistics.median(turn.cold_ratio("network") for turn in turns), "ratio", 1.15),
-        "swap_model_mib": Metric(nbytes / MIB, "MiB"),
-        "encoder_copy_ms": Metric(statistics.median(turn.copy_ns for turn in turns) / MS, "ms"),
-        "encoder_run_ms": Metric(statistics.median(turn.run_ns["encoder"] for turn in turns) / MS, "ms"),
+        "copy_gb_per_s": Metric(nbytes / copy_ns, "GB/s"),
     }
+    for name in ("vision", "network", "text"):
+        metrics |= {
+            f"cold_ratio_{name}": Metric(statistics.median(turn.cold_ratio(name) for turn in turns), "ratio", 1.15),
+            f"cold_{name}_mb": Metric(turns[0].nbytes[name] / 1e6, "MB"),
+            f"cold_{name}_copy_ms": Metric(copy_ns * turns[0].nbytes[name] / nbytes / MS, "ms"),
+            f"cold_{name}_run_ms": Metric(statistics.median(turn.run_ns[name] for turn in turns) / MS, "ms"),
+        }
+    return metrics
 
 
 async def _correctness(size: _Size) -> dict[str, Metric]:

@@ -17,6 +17,9 @@ from benchmarks.node_parts.node import Node
 from contracts.errors import SluiceError
 from predictor.segment import Array
 
+_STEPS = 3
+_MOST_ROWS = 1024
+
 
 class Record:
     """The batches of one function as they were answered: when (monotonic ns), and how much GPU time each took."""
@@ -86,7 +89,9 @@ async def elapse(seconds: float) -> tuple[int, int]:
 
 
 async def rows_for(node: Node, key: str, part: Mapping[str, Array], run_ns: int) -> Mapping[str, Array]:
-    """As many of the part's rows, repeated, as take about `run_ns` of GPU time."""
-    took_ns = [(await node.caller.call(key, part)).answer.run_ns for _ in range(5)]
-    factor = run_ns / float(np.median(took_ns))
-    return {name: np.resize(array, (max(1, round(len(array) * factor)), *array.shape[1:])) for name, array in part.items()}
+    """As many of the part's rows, repeated, as take about `run_ns` of GPU time; approached in steps, for a row costs less in a larger batch."""
+    for _ in range(_STEPS):
+        took_ns = [(await node.caller.call(key, part)).answer.run_ns for _ in range(3)]
+        factor = run_ns / float(np.median(took_ns))
+        part = {name: np.resize(array, (max(1, min(_MOST_ROWS, round(len(array) * factor))), *array.shape[1:])) for name, array in part.items()}
+    return part

@@ -1,8 +1,8 @@
 """Swaps: how fast weights come over, and how much of a swap a cold run hides.
 
-Three functions of about the same size on a device that holds one of them take turns, so each run is cold: one that hardly computes (a vast table of
-word vectors: its cold time is the copy alone), a text encoder whose run is as long as its copy, and a network whose copy outlasts its run. Each turn
-measures a plain memcpy of the same bytes beside them.
+Functions of at least 100 MB take turns on a device that holds one of them, so that each run is cold. `table` hardly computes (a vast table of word
+vectors), so its cold time is the copy alone; the layers of `vision` run about as long as they take to copy; `network` computes less than it copies;
+`text` cannot begin before its word vectors are there, a fifth of a BERT-base. Each turn also measures a plain memcpy of the same bytes.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from models.samples import sample_inputs
 from predictor.segment import Array
 
 _WARM_RUNS = 3
+_TEXT_TOKENS = 64
 _TABLE_TOKENS = 8
-_ENCODER_TOKENS = 32
-_WORD_BYTES = 4 * 768
+_TABLE_WORD_BYTES = 4 * 128
 _LAYER_BYTES = 4 * 7_087_872
-_EMBEDDING_BYTES = 95_400_000
 _SQUARE_BYTES = 4 * 2048 * 2048
+_WORDS_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +40,31 @@ class Case:
     part: Mapping[str, Array]
 
 
-@dataclass(frozen=True, slots=True)
-class Cases:
-    """`table` hardly computes, the run of `encoder` and its copy are alike, the copy of `network` outlasts its run.
+def cases(layers: int) -> dict[str, Case]:
+    """The functions by name; the transformers have this many of their 12 layers, the others as many bytes."""
+    nbytes = layers * _LAYER_BYTES
+    return {
+        "table": _case(
+            "table",
+            f"bert-base?num_hidden_layers=1&hidden_size=128&num_attention_heads=2&intermediate_size=128&vocab_size={nbytes // _TABLE_WORD_BYTES}",
+            _TABLE_TOKENS,
+        ),
+        "vision": _case("vision", f"vit-b?image_size=64&num_hidden_layers={layers}"),
+        "network": _case("network", f"mlp?width=2048&depth={nbytes // _SQUARE_BYTES}"),
+        "text": _case("text", f"bert-base?num_hidden_layers={layers}", _TEXT_TOKENS),
+    }
 
-    A device of `device_bytes` holds any of them, and no two.
-    """
 
-    table: Case
-    encoder: Case
-    network: Case
-    device_bytes: int
+def device_bytes(layers: int) -> int:
+    """A device that holds any one of them, and no two."""
+    return _WORDS_BYTES + layers * _LAYER_BYTES
+
+
+def _case(name: str, source: str, tokens: int = 0) -> Case:
+    """One row; a text is as long as `tokens` says."""
+    function = Function(name, catalogued(source))
+    part = sample_inputs(function.model, 1, seed=1)
+    return Case(function, {key: np.resize(array, (1, tokens)) for key, array in part.items()} if tokens else part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,27 +91,8 @@ class Turn:
         return self.cold_ns[name] / max(self.copy_ns * self.nbytes[name] / self.nbytes["table"], self.run_ns[name])
 
 
-def cases(layers: int) -> Cases:
-    """Three functions with as many bytes as a BERT-base of so many layers."""
-    nbytes = _EMBEDDING_BYTES + layers * _LAYER_BYTES
-    words = (nbytes - _LAYER_BYTES) // _WORD_BYTES
-    return Cases(
-        table=_case("table", f"bert-base?num_hidden_layers=1&vocab_size={words}", _TABLE_TOKENS),
-        encoder=_case("encoder", f"bert-base?num_hidden_layers={layers}", _ENCODER_TOKENS),
-        network=_case("network", f"mlp?width=2048&depth={nbytes // _SQUARE_BYTES}", None),
-        device_bytes=nbytes * 5 // 4,
-    )
-
-
-def _case(name: str, source: str, tokens: int | None) -> Case:
-    function = Function(name, catalogued(source))
-    part = sample_inputs(function.model, 1, seed=1)
-    return Case(function, part if tokens is None else {key: np.resize(array, (1, tokens)) for key, array in part.items()})
-
-
-async def measure(node: Node, each: Cases, turns: int) -> list[Turn]:
-    """`turns` turns after one that is not counted."""
-    named = {case.function.name: case for case in (each.table, each.encoder, each.network)}
+async def measure(node: Node, named: Mapping[str, Case], turns: int) -> list[Turn]:
+    """`turns` turns, after one that is not counted."""
     async with node.serving(*(case.function for case in named.values())):
         nbytes = {name: (await node.function(case.function.key)).weight_bytes for name, case in named.items()}
         with _memcpy(node.store, nbytes["table"]) as copy:
