@@ -43,6 +43,7 @@ from contracts.units import S
 from predictor import tensors
 from predictor.dispatch import Dispatcher, Outcome
 from predictor.front import ClientGone, Encode, Front, Receive, parameters, server_timing, timeout_ns
+from predictor.http_head import BoundedHttp
 from predictor.metrics import Metrics
 from predictor.tensors import Array
 
@@ -364,7 +365,9 @@ async def _run(settings: Settings) -> int:
     listener = socket.create_server((settings.host, settings.http_port), family=family, backlog=2048)
     application = Http(front, settings.max_body_bytes)
     server = _Server(
-        uvicorn.Config(application, log_config=None, access_log=False, proxy_headers=False, lifespan="off", timeout_graceful_shutdown=_GRACE_S)
+        uvicorn.Config(
+            application, http=BoundedHttp, log_config=None, access_log=False, proxy_headers=False, lifespan="off", timeout_graceful_shutdown=_GRACE_S
+        )
     )
     serving = loop.create_task(server.serve([listener]))
     rpc = None if settings.grpc_port is None else await _start_grpc(settings, _Servicer(front, data_plane, extension))

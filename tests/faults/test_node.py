@@ -143,3 +143,30 @@ def test_kill_9_of_the_supervisor_ends_all_and_the_next_adopts_what_was_loaded()
             assert not second.run_dir.exists()
         finally:
             first.kill()
+
+
+@pytest.mark.slow
+def test_kill_9_of_isolated_predictors_under_load_is_answered_by_the_router() -> None:
+    """The router holds the connections, so that no client loses one."""
+    models = {name: MODELS[name] for name in ("f0", "f1")}
+    with tempfile.TemporaryDirectory(prefix="sluice-faults-", dir="/tmp") as folder:
+        node = Whole(Path(folder), models, "--isolate", "--idle-seconds", "600")
+        try:
+            load = Load(node.url, models, clients=2)
+            load.serves_all()
+            load.stop()
+            node.settle()
+            load = Load(node.url, models, clients=2)
+            for role in ("predictor", "agent", "lane"):
+                load.serves_all()
+                for process in census.of_role(node.mark, role):
+                    process.kill()
+                    until(lambda process=process: not process.is_running(), "its end")
+                load.serves_all()
+            outcomes = load.stop()
+            assert set(outcomes) <= {"200", "502"} | REFUSALS, _counts(outcomes)
+            node.leaks_nothing()
+            node.end()
+            assert not node.store.exists()
+        finally:
+            node.kill()

@@ -16,7 +16,7 @@ from tests.nodeagent.node import Control
 
 MINE, OTHERS = source(1), source(2)
 GROWTH_BYTES = 160 << 20
-"""What one frame of a million parts and 32 MiB of answers that nobody reads leave on the heap, though both are freed; tests that repeat bound more."""
+"""What one frame of a million parts and 32 MiB of unread answers leave on the heap, though both are freed. A test that repeats bounds more."""
 
 
 class Healthy(threading.Thread):

@@ -203,7 +203,7 @@ HEADERS = {
     "a CloudEvent that is none": ("ce-specversion: 1.0\r\n", {200, 400}),
     "an unknown encoding": ("Content-Encoding: gzip\r\n", {200, 400, 415}),
     "a hundred headers": ("".join(f"x-{number}: {'y' * 100}\r\n" for number in range(100)), {200, 400, 431}),
-    "a header of a megabyte": (f"x: {'y' * 1_000_000}\r\n", {0, 200, 400, 431}),
+    "a header of a megabyte": (f"x: {'y' * 1_000_000}\r\n", {0, 400}),
 }
 
 
@@ -212,6 +212,20 @@ def test_odd_headers(headers: str, statuses: set[int], scene: Scene) -> None:
     status, answered = scene.ask(v2(tensor()), headers=headers)
     assert status in statuses, answered
     scene.undisturbed()
+
+
+@pytest.mark.parametrize("line", [b"x: " + b"y" * (1 << 20) + b"\r\n", b"y" * (1 << 20)], ids=["many headers", "one header"])
+def test_a_head_without_end_is_cut_off(line: bytes, scene: Scene) -> None:
+    with scene.connect() as sock:
+        sock.sendall(b"POST /v2/models/mine/infer HTTP/1.1\r\nHost: x\r\nx: ")
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            _send_many(sock, line)
+    scene.undisturbed()
+
+
+def _send_many(sock: socket.socket, line: bytes) -> None:
+    for _ in range(200):
+        sock.sendall(line)
 
 
 def test_a_huge_body_is_refused_before_it_is_read(scene: Scene) -> None:
