@@ -121,6 +121,7 @@ async def _swap(node: Node, size: _Size) -> dict[str, Metric]:
     for name in ("vision", "network", "text"):
         metrics |= {
             f"cold_ratio_{name}": Metric(statistics.median(turn.cold_ratio(name) for turn in turns), "ratio", 1.15),
+            f"beside_ratio_{name}": Metric(statistics.median(turn.beside_ratio(name) for turn in turns), "ratio"),
             f"cold_{name}_mb": Metric(turns[0].nbytes[name] / 1e6, "MB"),
             f"cold_{name}_copy_ms": Metric(copy_ns * turns[0].nbytes[name] / nbytes / MS, "ms"),
             f"cold_{name}_run_ms": Metric(statistics.median(turn.run_ns[name] for turn in turns) / MS, "ms"),

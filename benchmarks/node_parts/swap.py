@@ -1,12 +1,14 @@
 """Swaps: how fast weights come over, and how much of a swap a cold run hides.
 
 Functions of at least 100 MB take turns on a device that holds one of them, so that each run is cold. `table` hardly computes (a vast table of word
-vectors), so its cold time is the copy alone; the layers of `vision` run about as long as they take to copy; `network` computes less than it copies;
-`text` cannot begin before its word vectors are there, a fifth of a BERT-base. Each turn also measures a plain memcpy of the same bytes.
+vectors), so its cold time is the copy alone; `vision` runs longer than it copies; `network` computes less than it copies; `text` cannot begin before
+its word vectors are there, a fifth of a BERT-base. Each turn also measures a plain memcpy of the same bytes, alone and beside a warm run: where cores
+share their way to memory, no swap can hide better than those two do.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import mmap
@@ -28,7 +30,7 @@ _TEXT_TOKENS = 64
 _TABLE_TOKENS = 8
 _TABLE_WORD_BYTES = 4 * 128
 _LAYER_BYTES = 4 * 7_087_872
-_SQUARE_BYTES = 4 * 2048 * 2048
+_SQUARE_BYTES = 4 * 1024 * 1024
 _WORDS_BYTES = 100_000_000
 
 
@@ -49,8 +51,8 @@ def cases(layers: int) -> dict[str, Case]:
             f"bert-base?num_hidden_layers=1&hidden_size=128&num_attention_heads=2&intermediate_size=128&vocab_size={nbytes // _TABLE_WORD_BYTES}",
             _TABLE_TOKENS,
         ),
-        "vision": _case("vision", f"vit-b?image_size=64&num_hidden_layers={layers}"),
-        "network": _case("network", f"mlp?width=2048&depth={nbytes // _SQUARE_BYTES}"),
+        "vision": _case("vision", f"vit-b?image_size=112&num_hidden_layers={layers}"),
+        "network": _case("network", f"mlp?width=1024&depth={nbytes // _SQUARE_BYTES}"),
         "text": _case("text", f"bert-base?num_hidden_layers={layers}", _TEXT_TOKENS),
     }
 
@@ -69,12 +71,16 @@ def _case(name: str, source: str, tokens: int = 0) -> Case:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn: the bytes of each function; in ns a memcpy of the table's bytes, and cold time and warm run of each."""
+    """One turn: the bytes of each function; in ns a memcpy of the table's bytes, and of each function the cold time and the warm time.
+
+    `beside_ns`: until a warm run and such a memcpy, begun together, have both ended.
+    """
 
     nbytes: Mapping[str, int]
     memcpy_ns: float
     cold_ns: Mapping[str, float]
     run_ns: Mapping[str, float]
+    beside_ns: Mapping[str, float]
 
     @property
     def copy_ns(self) -> float:
@@ -90,6 +96,10 @@ class Turn:
         """A cold run over the longer of its copy alone and its run alone."""
         return self.cold_ns[name] / max(self.copy_ns * self.nbytes[name] / self.nbytes["table"], self.run_ns[name])
 
+    def beside_ratio(self, name: str) -> float:
+        """The same for a run and a memcpy of the table's bytes that have nothing to do with each other: the best that this machine allows."""
+        return self.beside_ns[name] / max(self.memcpy_ns, self.run_ns[name])
+
 
 async def measure(node: Node, named: Mapping[str, Case], turns: int) -> list[Turn]:
     """`turns` turns, after one that is not counted."""
@@ -102,6 +112,7 @@ async def measure(node: Node, named: Mapping[str, Case], turns: int) -> list[Tur
 async def _turn(node: Node, named: Mapping[str, Case], nbytes: Mapping[str, int], copy: Callable[[], float]) -> Turn:
     cold_ns: dict[str, float] = {}
     run_ns: dict[str, float] = {}
+    beside_ns: dict[str, float] = {}
     memcpy_ns = []
     for name, case in named.items():
         cold = await node.caller.call(case.function.key, case.part)
@@ -110,7 +121,10 @@ async def _turn(node: Node, named: Mapping[str, Case], nbytes: Mapping[str, int]
         warm = [await node.caller.call(case.function.key, case.part) for _ in range(_WARM_RUNS)]
         run_ns[name] = float(np.median([reply.total_ns for reply in warm]))
         memcpy_ns.append(copy())
-    return Turn(nbytes, float(np.median(memcpy_ns)), cold_ns, run_ns)
+        begun_ns = time.monotonic_ns()
+        await asyncio.gather(asyncio.to_thread(copy), node.caller.call(case.function.key, case.part))
+        beside_ns[name] = time.monotonic_ns() - begun_ns
+    return Turn(nbytes, float(np.median(memcpy_ns)), cold_ns, run_ns, beside_ns)
 
 
 @contextlib.contextmanager
