@@ -133,15 +133,15 @@ class Load:
 
     async def _run(self) -> None:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(PATIENCE_S)) as http, asyncio.TaskGroup() as group:
-            for client in range(self._clients):
-                group.create_task(self._client(http, client))
+            for _ in range(self._clients):
+                group.create_task(self._client(http))
 
-    async def _client(self, http: aiohttp.ClientSession, client: int) -> None:
+    async def _client(self, http: aiohttp.ClientSession) -> None:
         names = list(self._models)
         while not self._stopping.is_set():
             self.sent += 1
             number = self.sent
-            name = names[(number + client) % len(names)]
+            name = names[number % len(names)]
             try:
                 self.outcomes[await self._ask(http, name, number)] += 1
             except (aiohttp.ClientError, ConnectionError):
