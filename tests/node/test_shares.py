@@ -30,12 +30,15 @@ CASES = {
 
 @pytest.mark.parametrize("batch_ns", CASES.values(), ids=CASES)
 def test_saturating_functions_get_the_time_of_their_quotas_and_no_more(batch_ns: int) -> None:
-    found = compete({"ten": (10, 10), "thirty": (30, 30)}, batch_ns, seconds=4)
+    seconds = 4
+    found = compete({"ten": (10, 10), "thirty": (30, 30)}, batch_ns, seconds)
 
+    # What is counted begins and ends anywhere within a batch: one more or less is no error of the share.
+    allowed = 1 + 100 * found.batch_ms / 1000 / seconds
     assert found.account_error_ns == 0, "the agent charged other GPU time than the answers report"
     assert found.lost == 0
-    assert abs(found.percent["ten"] - 10) <= 2, found
-    assert abs(found.percent["thirty"] - 30) <= 2, found
+    assert abs(found.percent["ten"] - 10) <= allowed, found
+    assert abs(found.percent["thirty"] - 30) <= allowed, found
 
 
 def test_what_others_leave_is_borrowed_up_to_the_limit() -> None:

@@ -117,20 +117,20 @@ def test_a_predictor_that_is_killed_leaves_nothing(folder: Path, node: Node, con
 
 
 def test_sigterm_answers_what_runs_refuses_what_is_new_and_leaves_the_store(folder: Path, node: Node, control: Control, predictor: Predictor) -> None:
-    control.declare(function("a", f"add?value=1&gate={folder}/gate"))
+    control.declare(function("a", f"add?value=1&gate={folder}/gate"), function("b", "add?value=2"))
     batch = predictor.submit("default/a", ROWS)
     eventually(lambda: control.status().devices[0].running_sm, "the batch")
     children = node.children()
     node.process.send_signal(signal.SIGTERM)
     with pytest.raises(Unavailable, match="stopping"):
-        eventually(lambda: predictor.call("default/a", ROWS[:1]) and False, "the refusal")
+        eventually(lambda: predictor.call("default/b", ROWS[:1]) and False, "the refusal")
     (folder / "gate").touch()
     assert isinstance(predictor.outcome(batch), Answer)
     assert predictor.closed()
     assert node.process.wait(60) == 0
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
     assert [path.name for path in node.run_dir.iterdir()] == ["agent.lock"]
-    assert len(list(node.store.glob("*.weights"))) == 1
+    assert len(list(node.store.glob("*.weights"))) == 2
 
 
 def test_sigterm_gives_up_on_what_does_not_end(folder: Path, start: Callable[..., Node]) -> None:
