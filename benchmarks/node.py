@@ -15,11 +15,12 @@ import uvloop
 from benchmarks.node_parts import correctness, latency, preemption, scheduler, shares, swap
 from benchmarks.node_parts.node import Node, running
 from benchmarks.result import Metric, Result
-from contracts.units import MIB, MS
+from contracts.units import MS
 
 _SEED = 7
 _WINDOW_MS = 100
-_DEVICE_MEMORY = 512 * MIB
+_BATCH_NS = 20 * MS
+_LONG_BATCH_NS = 200 * MS
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class _Size:
 
     requests: int
     share_s: float
+    long_share_s: float
     changes: int
     turns: int
     turn_s: float
@@ -37,8 +39,8 @@ class _Size:
     events: int
 
 
-_FULL = _Size(requests=10_000, share_s=10, changes=10, turns=6, turn_s=10, calls=4_000, layers=12, swaps=15, events=40_000)
-_QUICK = _Size(requests=1_500, share_s=2.5, changes=2, turns=2, turn_s=1.5, calls=800, layers=4, swaps=4, events=8_000)
+_FULL = _Size(requests=10_000, share_s=10, long_share_s=10, changes=10, turns=6, turn_s=10, calls=4_000, layers=12, swaps=15, events=40_000)
+_QUICK = _Size(requests=1_000, share_s=1.5, long_share_s=4, changes=2, turns=2, turn_s=1.5, calls=800, layers=4, swaps=3, events=3_000)
 
 
 def run(quick: bool) -> Result:
@@ -51,11 +53,9 @@ def run(quick: bool) -> Result:
 
 async def _on_nodes(size: _Size) -> dict[str, Metric]:
     metrics: dict[str, Metric] = {}
-    async with running(_DEVICE_MEMORY) as node:
-        for measure in (_latency, _preemption, _shares):
-            metrics |= await measure(node, size)
     async with running(swap.device_bytes(size.layers)) as node:
-        metrics |= await _swap(node, size)
+        for measure in (_latency, _preemption, _shares, _swap):
+            metrics |= await measure(node, size)
     return metrics | await _correctness(size)
 
 
@@ -85,10 +85,10 @@ async def _preemption(node: Node, size: _Size) -> dict[str, Metric]:
 
 async def _shares(node: Node, size: _Size) -> dict[str, Metric]:
     quotas = {"thirty": (30.0, 30.0), "sixty": (60.0, 60.0)}
-    short = await shares.compete(node, quotas, 20 * MS, size.share_s)
-    long = await shares.compete(node, quotas, 250 * MS, size.share_s)
-    lent = await shares.compete(node, {"thirty": (30, 100), "sixty": (60, 100)}, 20 * MS, size.share_s)
-    held = await shares.compete(node, {"forty": (10, 40)}, 20 * MS, size.share_s)
+    short = await shares.compete(node, quotas, _BATCH_NS, size.share_s)
+    long = await shares.compete(node, quotas, _LONG_BATCH_NS, size.long_share_s)
+    lent = await shares.compete(node, {"thirty": (30, 100), "sixty": (60, 100)}, _BATCH_NS, size.share_s)
+    held = await shares.compete(node, {"forty": (10, 40)}, _BATCH_NS, size.share_s)
     change = await shares.change(node, size.changes)
     runs = (short, long, lent, held)
     return {

@@ -17,7 +17,7 @@ from benchmarks.node_parts.node import Node
 from contracts.errors import SluiceError
 from predictor.segment import Array
 
-_STEPS = 3
+_STEPS = 2
 _MOST_ROWS = 1024
 
 
