@@ -205,17 +205,22 @@ class Node:
         self.log: list[str] = []
 
     def ready(self) -> Node:
-        """Waits for the control socket."""
+        """Waits until it answers. Connecting proves nothing: a child of a killed agent may hold the old socket until it runs its own program."""
 
-        def connects() -> bool:
+        def answers() -> bool:
             assert self.process.poll() is None, self.read_log()
             try:
-                connect(str(self.run_dir / "control.sock")).close()
+                control = Control(self.run_dir)
             except OSError:
                 return False
-            return True
+            try:
+                return control.status().pid == self.process.pid
+            except (OSError, AssertionError):
+                return False
+            finally:
+                control.channel.close()
 
-        eventually(connects, "the control socket")
+        eventually(answers, "the control socket")
         return self
 
     @property
