@@ -21,8 +21,9 @@ _ROWS = {
     "preemption_p99_ratio": "p99 with a best-effort neighbour over p99 alone",
     "added_latency_p50_ms": "predictor, agent and lane on top of the model's own time, p50",
     "copy_ratio": "speed of a swap over a plain memcpy",
-    "cold_ratio": "cold answer over max(copy, run), run-bound model",
-    "cold_ratio_copy_bound": "cold answer over max(copy, run), copy-bound model",
+    "cold_ratio_vision": "cold answer over max(copy, run), ViT-B of 343 MB, which runs longer than it copies",
+    "cold_ratio_network": "the same, perceptron of 337 MB, which copies longer than it runs",
+    "cold_ratio_text": "the same, BERT-base, which cannot begin before its 94 MB of word vectors are there",
     "scheduler_events_per_s": "scheduler events a second, 1,000 functions on 8 devices",
 }
 

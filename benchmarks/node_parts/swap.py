@@ -26,7 +26,7 @@ from models.samples import sample_inputs
 from predictor.segment import Array
 
 _WARM_RUNS = 3
-_TEXT_TOKENS = 64
+_TEXT_TOKENS = 128
 _TABLE_TOKENS = 8
 _TABLE_WORD_BYTES = 4 * 128
 _LAYER_BYTES = 4 * 7_087_872
