@@ -15,7 +15,6 @@ Times are CLOCK_MONOTONIC nanoseconds, which all processes of a node share.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import ClassVar
 
 import msgspec
@@ -386,23 +385,32 @@ class FrameDecoder:
         self._decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(expected)
         self._buffer = bytearray()
 
-    def feed(self, data: bytes | memoryview) -> Iterator[Message]:
-        """The messages that are complete now."""
-        self._buffer += data
-        start = 0
-        try:
-            while len(self._buffer) - start >= HEADER_BYTES:
-                length = int.from_bytes(self._buffer[start : start + HEADER_BYTES], "big")
-                if length > MAX_FRAME_BYTES:
-                    raise ProtocolError(f"a frame of {length} bytes is longer than {MAX_FRAME_BYTES}")
-                end = start + HEADER_BYTES + length
-                if len(self._buffer) < end:
-                    break
-                body = bytes(self._buffer[start + HEADER_BYTES : end])
-                start = end
-                yield self._decode(body)
-        finally:
-            del self._buffer[:start]
+    def feed(self, data: bytes) -> list[Message]:
+        """The messages that are complete now. After a ProtocolError the stream is of no more use."""
+        if self._buffer:
+            self._buffer += data
+            messages, used = self._frames(self._buffer)
+            del self._buffer[:used]
+        else:  # Nearly always: what came is whole frames.
+            messages, used = self._frames(data)
+            if used < len(data):
+                self._buffer += data[used:]
+        return messages
+
+    def _frames(self, data: bytes | bytearray) -> tuple[list[Message], int]:
+        """The messages of all whole frames, and how many bytes they took."""
+        messages: list[Message] = []
+        start, size = 0, len(data)
+        while size - start >= HEADER_BYTES:
+            body = start + HEADER_BYTES
+            length = int.from_bytes(data[start:body], "big")
+            if length > MAX_FRAME_BYTES:
+                raise ProtocolError(f"a frame of {length} bytes is longer than {MAX_FRAME_BYTES}")
+            if size < body + length:
+                break
+            start = body + length
+            messages.append(self._decode(bytes(data[body:start])))
+        return messages, start
 
     def _decode(self, body: bytes) -> Message:
         try:
