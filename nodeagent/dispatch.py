@@ -90,7 +90,7 @@ class Dispatcher:
     # Starting work.
 
     def dispatch(self, now_ns: int) -> None:
-        """Starts all that can start now, then prefetches and grants copies.
+        """Starts all that can start now, then prefetches.
 
         What waited could not start when it was last tried, so only two things are looked at: work that is new or has become more urgent, and devices
         on which something has become free.

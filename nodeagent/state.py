@@ -16,6 +16,7 @@ from nodeagent import events as ev
 from nodeagent.dispatch import Dispatcher
 from nodeagent.entities import FunctionState, LaneState, RequestState
 from nodeagent.events import Reason
+from nodeagent.invariants import check
 from nodeagent.lane_pool import LanePool
 from nodeagent.node import Node
 from nodeagent.settings import DeviceSpec, Settings
@@ -83,8 +84,6 @@ class NodeState:
 
     def check(self) -> None:
         """Asserts what must hold after every event."""
-        from nodeagent.invariants import check
-
         check(self)
 
     # Functions.
