@@ -99,6 +99,7 @@ def main() -> None:
 @click.option("--link-bandwidth", callback=_bytes, metavar="SIZE", help="Bytes per second from host to a CPU device. [default: as fast as it goes]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port to listen on; 0 takes a free one.")
+@click.option("--grpc-port", type=click.IntRange(1, 65535), help="Port for gRPC; none without it. Not with --isolate.")
 @click.option("--isolate", is_flag=True, help="A predictor process for each function, none while nobody calls it.")
 @click.option(
     "--idle-seconds", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="With --isolate: end a predictor that idles so long."
@@ -117,6 +118,7 @@ def up_command(
     link_bandwidth: int | None,
     host: str,
     port: int,
+    grpc_port: int | None,
     isolate: bool,
     idle_seconds: float,
     demo_s: float | None,
@@ -132,6 +134,8 @@ def up_command(
     # Imported here: what it needs takes half a second, which `sluice status` should not wait for.
     from sluice import up
 
+    if isolate and grpc_port is not None:
+        raise click.UsageError("--grpc-port and --isolate exclude each other: the router that wakes functions speaks HTTP alone")
     plan = Plan(
         functions=tuple(read_functions(files)),
         run_dir=(run_dir or default_run_dir()).absolute(),
@@ -144,6 +148,7 @@ def up_command(
         port=port or free_port(host),
         isolate=isolate,
         idle_s=idle_seconds,
+        grpc_port=grpc_port,
     )
     demo = None if demo_s is None else up.DemoOptions(demo_s, seed)
     sys.exit(asyncio.run(up.run(plan, demo, as_json=as_json)))

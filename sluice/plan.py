@@ -25,6 +25,7 @@ class Plan:
     port: int
     isolate: bool
     idle_s: float
+    grpc_port: int | None = None
 
     @property
     def url(self) -> str:

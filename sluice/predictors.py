@@ -32,12 +32,14 @@ class PredictorOptions:
     run_dir: Path
     host: str
     on_line: Callable[[str, str], None]
+    grpc_port: int | None = None
     command: tuple[str, ...] = (sys.executable, "-m", "predictor")
 
     def argv(self, port: int) -> list[str]:
         """The command line of a predictor that listens on `port`."""
         agent = str(self.run_dir / "agent.sock")
-        return [*self.command, "--agent", agent, "--http-port", str(port), "--host", self.host]
+        grpc = [] if self.grpc_port is None else ["--grpc-port", str(self.grpc_port)]
+        return [*self.command, "--agent", agent, "--http-port", str(port), "--host", self.host, *grpc]
 
 
 class Predictor:

@@ -114,7 +114,7 @@ class Supervisor:
         if plan.isolate:
             options = PredictorOptions(plan.run_dir, "127.0.0.1", self._on_line)
             return Router(options, plan.host, plan.port, plan.functions, plan.idle_s, self._say)
-        return SharedFront(PredictorOptions(plan.run_dir, plan.host, self._on_line), plan.port, self._say)
+        return SharedFront(PredictorOptions(plan.run_dir, plan.host, self._on_line, plan.grpc_port), plan.port, self._say)
 
     async def _start_agent(self) -> Client:
         for name in ("agent.sock", "control.sock"):

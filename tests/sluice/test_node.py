@@ -23,6 +23,7 @@ from click.testing import CliRunner
 
 from nodeagent.shell.hoststore import store_folder
 from sluice.cli import main
+from sluice.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 WITHIN_S = 120.0
@@ -330,6 +331,30 @@ def test_the_lines_to_paste_work_as_they_stand(tmp_path: Path) -> None:
     assert (code, node.left_behind()) == (0, [])
 
 
+def test_grpc_answers_as_http_does(tmp_path: Path) -> None:
+    grpc_port = free_port("127.0.0.1")
+    node = Node(tmp_path, TWO, "--grpc-port", str(grpc_port))
+    try:
+        url = node.line()["url"]
+        ask = f"""
+import asyncio, json, urllib.request
+from kserve import InferenceGRPCClient, InferInput, InferRequest
+row = {{"name": "features", "shape": [1, 4], "datatype": "FP32", "data": [0, 1, 2, 3]}}
+async def main():
+    async with InferenceGRPCClient("127.0.0.1:{grpc_port}") as client:
+        answer = await client.infer(InferRequest("mlp-a", [InferInput(**row)]))
+    body = json.dumps({{"inputs": [row]}}).encode()
+    told = json.load(urllib.request.urlopen(urllib.request.Request("{url}/v2/models/mlp-a/infer", body)))
+    print(list(answer.outputs[0].as_numpy().ravel()) == told["outputs"][0]["data"])
+asyncio.run(main())
+"""
+        done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=WITHIN_S)
+    finally:
+        code = node.end()
+    assert done.stdout == "True\n", done.stderr
+    assert (code, node.left_behind()) == (0, [])
+
+
 def test_an_isolated_demo_tells_the_batches_of_all_processes_apart(tmp_path: Path) -> None:
     node = Node(tmp_path, TWO, "--isolate", "--idle-seconds", "0.3", "--demo", "3")
     report = node.line()
@@ -357,7 +382,6 @@ def test_the_supervisor_itself_keeps_nothing_open(tmp_path: Path) -> None:
 
     from sluice.documents import read_functions
     from sluice.plan import Plan
-    from sluice.ports import free_port
     from sluice.rundir import RunDir
     from sluice.supervisor import Supervisor
 

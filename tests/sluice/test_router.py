@@ -36,7 +36,7 @@ class Bench:
         self.folder = folder
         self.said: list[str] = []
         self.port = free_port("127.0.0.1")
-        options = PredictorOptions(folder, "127.0.0.1", lambda *_: None, command)
+        options = PredictorOptions(folder, "127.0.0.1", lambda *_: None, command=command)
         self.router = Router(options, "127.0.0.1", self.port, FUNCTIONS, idle_s, self.said.append)
         self._http = http
 
