@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from contracts.channel import connect
+from contracts.functions import Share
 from contracts.wire import MAX_FRAME_BYTES, PROTOCOL_VERSION, Answer, Cancel, Failed, GetStatus, Hello, Message, Part, Submit, TensorRef, encode
 from tests.nodeagent.node import Control, Node, Predictor, eventually, function, short_folder
 
@@ -28,7 +29,8 @@ def served() -> Iterator[tuple[Node, Predictor]]:
     with short_folder() as path:
         node = Node(path / "run").ready()
         control = Control(node.run_dir)
-        control.declare(function("a", "add?value=1"), function("b", "add?value=2"))
+        # All SMs: there is room for one lane, so that the descriptors of lanes do not come and go while they are counted.
+        control.declare(function("a", "add?value=1", share=Share(100, 1000)), function("b", "add?value=2", share=Share(100, 1000)))
         control.grant("default/a", "default/ghost")
         predictor = Predictor(node.run_dir)
         predictor.call("default/a", ROWS)
