@@ -140,11 +140,14 @@ class HostStore:
                     path.unlink()
 
     def close(self, *, remove: bool) -> None:
-        """Lets go of the files, and deletes them if nobody is to adopt them."""
+        """Lets go of the files, and deletes them if nobody is to adopt them; an empty folder goes in any case."""
         for stored in self._models.values():
             stored.close()
         if remove:
             shutil.rmtree(self.folder, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
 
     def _open(self, digest: str) -> Stored:
         index = read_index(self.folder, digest)
