@@ -21,23 +21,9 @@ from contracts.errors import InvalidArtifact
 from contracts.functions import ModelFormat, ModelRef
 from models import catalogue, describe, exported, networks, script, seeded
 from models.archive import reading
+from models.dtypes import TORCH_DTYPES
 from models.program import Executable
 
-_TORCH_DTYPES = {
-    "BOOL": torch.bool,
-    "UINT8": torch.uint8,
-    "UINT16": torch.uint16,
-    "UINT32": torch.uint32,
-    "UINT64": torch.uint64,
-    "INT8": torch.int8,
-    "INT16": torch.int16,
-    "INT32": torch.int32,
-    "INT64": torch.int64,
-    "FP16": torch.float16,
-    "FP32": torch.float32,
-    "FP64": torch.float64,
-    "BF16": torch.bfloat16,
-}
 _RECORDED_SIZE = 16
 
 
@@ -61,7 +47,7 @@ class Loaded:
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs by name. InvalidTensor when the inputs do not fit the signature."""
-        names = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
+        names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
         self.signature.bind({name: (names.get(tensor.dtype, str(tensor.dtype)), tensor.shape) for name, tensor in inputs.items()})
         with torch.inference_mode():
             return self.executable(inputs)
@@ -77,7 +63,7 @@ class Loaded:
             least, most = (limits.min_val or 1, limits.max_val or _RECORDED_SIZE) if limits else (1, _RECORDED_SIZE)
             return max(1, least) if dim == "batch" else max(least, min(_RECORDED_SIZE, most))
 
-        return {spec.name: torch.ones([size(dim) for dim in spec.shape], dtype=_TORCH_DTYPES[spec.dtype]) for spec in self.signature.inputs}
+        return {spec.name: torch.ones([size(dim) for dim in spec.shape], dtype=TORCH_DTYPES[spec.dtype]) for spec in self.signature.inputs}
 
 
 def load(ref: ModelRef) -> Loaded:

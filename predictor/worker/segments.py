@@ -15,23 +15,9 @@ import torch
 
 from contracts.errors import ExecutionError, InvalidTensor
 from contracts.wire import Part, TensorRef
+from models.dtypes import TORCH_DTYPES
 
-_DTYPES: Mapping[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "UINT8": torch.uint8,
-    "UINT16": torch.uint16,
-    "UINT32": torch.uint32,
-    "UINT64": torch.uint64,
-    "INT8": torch.int8,
-    "INT16": torch.int16,
-    "INT32": torch.int32,
-    "INT64": torch.int64,
-    "FP16": torch.float16,
-    "FP32": torch.float32,
-    "FP64": torch.float64,
-    "BF16": torch.bfloat16,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _ALIGNMENT = 64
 """torch's own allocator aligns so; kernels may add in another order on memory that is not, so such an input is copied."""
 
@@ -92,7 +78,7 @@ class Segments:
 
 def _tensor(mapped: mmap.mmap, ref: TensorRef) -> torch.Tensor:
     """The tensor that lies at a reference; InvalidTensor if it cannot lie there."""
-    dtype = _DTYPES.get(ref.dtype)
+    dtype = TORCH_DTYPES.get(ref.dtype)
     count = math.prod(ref.shape)
     if dtype is None or count < 0 or ref.nbytes != count * dtype.itemsize or not 0 <= ref.offset <= len(mapped) - ref.nbytes:
         raise InvalidTensor(f"does not lie in its segment of {len(mapped)} bytes", key=ref.name, value=ref)
