@@ -119,7 +119,6 @@ class Reason(enum.StrEnum):
     DEADLINE = "the deadline passed while it waited"
     CANCELLED = "cancelled"
     LANE_LOST = "the lane was lost twice, or too late to try again"
-    NO_ROOM = "the weights do not fit on any device"
 
 
 class Command(msgspec.Struct, frozen=True, gc=False):

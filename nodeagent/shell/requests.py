@@ -27,7 +27,6 @@ KINDS: Mapping[Reason, type[SluiceError]] = {
     Reason.DEADLINE: DeadlineExceeded,
     Reason.CANCELLED: Unavailable,
     Reason.LANE_LOST: Unavailable,
-    Reason.NO_ROOM: Unavailable,
 }
 """What a predictor is told for each reason to reject."""
 
