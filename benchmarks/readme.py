@@ -23,7 +23,7 @@ _ROWS = {
     "copy_ratio": "speed of a swap over a plain memcpy",
     "cold_ratio_vision": "cold answer over max(copy, run), ViT-B of 343 MB, which runs longer than it copies",
     "cold_ratio_network": "the same, perceptron of 337 MB, which copies longer than it runs",
-    "cold_ratio_text": "the same, BERT-base, which cannot begin before its 94 MB of word vectors are there",
+    "cold_ratio_text": "the same, BERT-base at 128 tokens, which cannot begin before its 94 MB of word vectors are there",
     "scheduler_events_per_s": "scheduler events a second, 1,000 functions on 8 devices",
 }
 
