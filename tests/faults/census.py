@@ -75,7 +75,8 @@ def _kind(link: str) -> str:
 class Census:
     """`open_`: descriptors by role and kind. `stored`: names in the host store. `lane_most`: the most weight files and segments of one lane.
 
-    What a lane has attached depends on what it happened to run, so it is held to a bound: the models in the store, one mapping of each segment.
+    What a lane has attached depends on what it happened to run or to copy, so it is held to a bound: one weight file for each function of the node
+    (those that share a model map it each), one mapping of each segment.
     """
 
     processes: Counter[str]
@@ -83,16 +84,15 @@ class Census:
     lane_most: Counter[str]
     stored: frozenset[str]
 
-    def leaked_since(self, before: Census) -> str:
-        """What is more than before, and which processes are not back, in words; "" when nothing is."""
+    def leaked_since(self, before: Census, functions: int) -> str:
+        """What is more than before, and which processes are not back, in words; "" when nothing is. `functions`: how many are declared now."""
         names = sorted(self.processes.keys() | before.processes.keys())
         lines = [f"{name}: {before.processes[name]} -> {self.processes[name]}" for name in names if self.processes[name] != before.processes[name]]
         for name, now in self.open_.items():
             old = before.open_.get(name, Counter())
             lines += [f"{name} holds {kind}: {old[kind]} -> {now[kind]}" for kind in sorted(now) if now[kind] > old[kind]]
-        models = sum(name.endswith(".weights") for name in self.stored)
-        if self.lane_most[WEIGHTS] > models:
-            lines.append(f"a lane holds {self.lane_most[WEIGHTS]} weight files, there are {models}")
+        if self.lane_most[WEIGHTS] > functions:
+            lines.append(f"a lane holds {self.lane_most[WEIGHTS]} weight files for {functions} functions")
         if self.lane_most[SEGMENT] > max(1, before.lane_most[SEGMENT]):
             lines.append(f"a lane maps {self.lane_most[SEGMENT]} segments, before {before.lane_most[SEGMENT]}")
         lines += [f"stored {name}" for name in sorted(self.stored - before.stored)]

@@ -105,16 +105,19 @@ class Agent:
         """A census."""
         return census.take(self.mark, self.store)
 
-    def settle(self) -> None:
-        """Takes the census that later ones are compared with, once the loader has gone (it ends itself when idle)."""
+    def settle(self, functions: int) -> None:
+        """Takes the census that later ones are compared with, once the loader has gone (it ends itself when idle). `functions` are declared."""
+        self.functions = functions
         until(lambda: not self.processes("loader"), "the end of the idle loader")
         self.before = self.count()
 
     def leaks_nothing(self) -> None:
         """Waits until the node holds what it held when it had settled, and no more."""
-        until(
-            lambda: not self.count().leaked_since(self.before), lambda: f"leaked:\n{self.count().leaked_since(self.before)}\n{self.log.read_text()}"
-        )
+
+        def leaked() -> str:
+            return self.count().leaked_since(self.before, self.functions)
+
+        until(lambda: not leaked(), lambda: f"leaked:\n{leaked()}\n{self.log.read_text()}")
 
     def kill(self) -> None:
         """SIGKILL, and waits until all its processes have gone."""

@@ -34,7 +34,7 @@ def served() -> Iterator[tuple[Agent, Control, Predictor]]:
                     control.declare(function(key.removeprefix("default/"), model, cls=cls))
                 for key, model in MODELS.items():
                     until(lambda key=key, model=model: predictor.serves(key, model), f"the first answer of {key}")
-                agent.settle()
+                agent.settle(functions=len(MODELS))
                 yield agent, control, predictor
         finally:
             agent.end()

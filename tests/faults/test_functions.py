@@ -27,7 +27,7 @@ def served() -> Iterator[tuple[Agent, Control, Predictor]]:
             with connected(agent) as (control, predictor):
                 control.declare(function("neighbour", NEIGHBOUR))
                 until(lambda: predictor.serves("default/neighbour", NEIGHBOUR), "the first answer")
-                agent.settle()
+                agent.settle(functions=1)
                 yield agent, control, predictor
                 agent.leaks_nothing()
         finally:

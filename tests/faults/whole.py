@@ -75,7 +75,7 @@ class Whole:
         """Waits until the node holds what it held when it had settled, and no more."""
 
         def leaked() -> str:
-            return census.take(self.mark, self.store).leaked_since(self.before)
+            return census.take(self.mark, self.store).leaked_since(self.before, len(self.models))
 
         until(lambda: not leaked(), lambda: f"leaked:\n{leaked()}\n{self.log.read_text()}")
 

@@ -76,7 +76,7 @@ def scene() -> Iterator[Scene]:
             warm.close()
             scene = Scene(agent, control)
             scene.undisturbed()
-            agent.settle()
+            agent.settle(functions=2)
             held = psutil.Process(agent.process.pid).memory_info().rss
             yield scene
             scene.undisturbed()
