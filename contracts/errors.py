@@ -13,7 +13,7 @@ SluiceError
 ├── ProtocolError         a peer sent a frame that is malformed, too long or out of order
 └── ExecutionError        the model itself failed on this input                                   -> 500
 
-The codes at the right are applied in `predictor/server.py` and nowhere else. On the wire an error is (kind, message, retry_after_ms);
+The codes at the right are applied in `predictor/protocols/codes.py` and nowhere else. On the wire an error is (kind, message, retry_after_ms);
 `to_wire` and `from_wire` are the two directions.
 """
 
