@@ -94,13 +94,11 @@ class TensorEntry(msgspec.Struct, frozen=True):
 class Gate(msgspec.Struct, frozen=True):
     """A point in a run, the entry of a submodule ("" is the model itself), where the first `need_bytes` of the weights must have arrived.
 
-    `work_ppm` is how much of the run's time lies before it, in millionths, when it was recorded. Gates are listed in the order in which a run passes
-    them, each submodule once; `need_bytes` never falls.
+    Gates are listed in the order in which a run passes them, each submodule once; `need_bytes` never falls.
     """
 
     module: str
     need_bytes: int
-    work_ppm: int
 
 
 class Program(msgspec.Struct, frozen=True):

@@ -17,8 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from contracts.artifact import ALIGNMENT, Gate, TensorEntry
 from contracts.errors import InvalidArtifact
 
-_MILLION = 1_000_000
-
 
 class Layout(NamedTuple):
     """Where each weight lies. The same for every model of a program."""
@@ -61,11 +59,11 @@ def record(module: nn.Module, weights: Mapping[str, Tensor], run: Callable[[], o
         end = offset + tensor.nbytes
         ends[name] = end
         entries.append(TensorEntry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), offset, tensor.nbytes))
-    at_ns, run_ns = _time(module, [path for path, _ in windows], run)
     gates, need = [], 0
     for path, names in windows:
         need = max([need, *(ends[name] for name in names)])
-        gates.append(Gate(path, need, min(_MILLION, at_ns[path] * _MILLION // max(run_ns, 1))))
+        gates.append(Gate(path, need))
+    run_ns = _time(run)
     changed = [name for name, tensor in weights.items() if tensor._version != versions[name]]
     if changed:
         raise InvalidArtifact("is changed by a run; weights are shared and must stay as they are", key="weight", value=changed[0])
@@ -99,15 +97,12 @@ def _first_uses(module: nn.Module, weights: Mapping[str, Tensor], run: Callable[
     return [(path, names) for path, names in windows if names or not path]
 
 
-def _time(module: nn.Module, paths: Iterable[str], run: Callable[[], object]) -> tuple[dict[str, int], int]:
-    """When a warm run first enters each submodule, and how long it takes, in ns."""
+def _time(run: Callable[[], object]) -> int:
+    """How long a warm run takes, in ns."""
     run()
-    at_ns: dict[str, int] = {}
-    with _Hooked(module, paths, lambda path: at_ns.setdefault(path, time.perf_counter_ns())):
-        start = time.perf_counter_ns()
-        run()
-        end = time.perf_counter_ns()
-    return {path: at - start for path, at in at_ns.items()}, end - start
+    start = time.perf_counter_ns()
+    run()
+    return time.perf_counter_ns() - start
 
 
 class _Hooked:

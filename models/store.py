@@ -24,9 +24,8 @@ TEMPORARY = ".tmp-"
 
 
 def identity(index: WeightIndex) -> bytes:
-    """What a digest covers beside the weights: layout, program, signature. Measured times are left out, so loading again gives the same digest."""
-    gates = [(gate.module, gate.need_bytes) for gate in index.gates]
-    return msgspec.json.encode((index.version, index.total_bytes, index.tensors, gates, index.program, index.signature))
+    """What a digest covers beside the weights: layout, program, signature. The measured time is left out, so loading again gives the same digest."""
+    return msgspec.json.encode((index.version, index.total_bytes, index.tensors, index.gates, index.program, index.signature))
 
 
 def ref_name(ref: ModelRef) -> str:

@@ -40,7 +40,7 @@ def load(source: str, store: Path, limit_bytes: int) -> str:
     fresh = store / "fresh.tmp"
     fresh.write_bytes(data)
     entry = TensorEntry("value", "float32", (1,), 0, 4)
-    index = WeightIndex("", total, (entry,), (Gate("", total, 0),), Program("catalog", "add", json.dumps(options)), _SIGNATURE, 1_000_000)
+    index = WeightIndex("", total, (entry,), (Gate("", total),), Program("catalog", "add", json.dumps(options)), _SIGNATURE, 1_000_000)
     digest = blake3(data).update(identity(index)).hexdigest()
     fresh.rename(store / f"{digest}.weights")
     (store / f"{digest}.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(index, digest=digest)))

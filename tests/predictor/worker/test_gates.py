@@ -11,7 +11,7 @@ from predictor.worker.gates import Gates, needs_of
 @given(st.lists(st.integers(0, 1_000_000), min_size=1, max_size=300), st.integers(0, 1000))
 def test_needs_never_fall_below_a_gates_own_nor_rise_above_the_last_and_wait_points_stay_few(steps: list[int], unused: int) -> None:
     ends = sorted(steps)
-    gates = [Gate(f"m{i}", end, 0) for i, end in enumerate(ends)]
+    gates = [Gate(f"m{i}", end) for i, end in enumerate(ends)]
     needs = needs_of(gates, ends[-1] + unused)
     assert [name for name, _ in needs] == [gate.module for gate in gates]
     raised = [need for _, need in needs]
