@@ -34,20 +34,51 @@ DTYPE_BYTES: Mapping[str, int] = {
 """Bytes an element takes, by its Open Inference Protocol name."""
 
 
+TEXT = "BYTES"
+"""The datatype of a text input. No model takes one: the front makes token inputs of it, so it never lies in a segment."""
+
+
 class TensorSpec(msgspec.Struct, frozen=True):
-    """One input or output. A dimension is a size or a name; a name means one size throughout the signature, "batch" being the rows."""
+    """One input or output. A dimension is a size or a name; a name means one size throughout the signature, "batch" being the rows.
+
+    `pad` fills an input up where a padded dimension is longer in the batch than in the request.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    pad: int | None = None
+
+
+class Text(msgspec.Struct, frozen=True):
+    """A model that also takes text: the input `name`, one text a row, instead of its token inputs.
+
+    `tokenizer` is a file of the host store (`<digest>.tokenizer`, in the format of the `tokenizers` library). Texts are cut to `max_tokens`, and
+    padded to `min_tokens` where the model takes no fewer.
+    """
+
+    tokenizer: str
+    max_tokens: int
+    min_tokens: int = 1
+    name: str = "text"
 
 
 class Signature(msgspec.Struct, frozen=True):
-    """What a model takes and gives. `batchable`: rows of several requests may run as one batch (dimension 0 of every tensor is "batch")."""
+    """What a model takes and gives. `batchable`: rows of several requests may run as one batch (dimension 0 of every tensor is "batch").
+
+    `padded` are named dimensions in which requests of one batch may differ: longer inputs change nothing in the answer, as far as it is asked for.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     batchable: bool = True
+    padded: tuple[str, ...] = ()
+    text: Text | None = None
+
+    @property
+    def accepts(self) -> tuple[TensorSpec, ...]:
+        """What a request may bring: the inputs, and the text that may stand for them."""
+        return self.inputs if self.text is None else (*self.inputs, TensorSpec(self.text.name, TEXT, ("batch",)))
 
     def bind(self, shapes: Mapping[str, tuple[str, Sequence[int]]]) -> dict[str, int]:
         """Sizes of the named dimensions, from input name -> (dtype, shape); InvalidTensor names what does not fit."""
@@ -154,6 +185,7 @@ _TORCH_BYTES: Mapping[str, int] = {
     "complex128": 16,
 }
 _FILE_NAME = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.-]{0,127}")
+_TOKENIZER_NAME = re.compile(r"[0-9a-f]{64}\.tokenizer")
 
 
 def decode_index(data: bytes) -> WeightIndex:
@@ -203,3 +235,31 @@ def _check_signature(signature: Signature) -> None:
         unknown = [dim for dim in spec.shape if isinstance(dim, str) and dim not in given]
         if unknown:
             raise InvalidArtifact("its size follows from no input", key=f"index.signature.{spec.name}", value=unknown)
+    _check_padding(signature)
+    text = signature.text
+    if text is not None:
+        if not _TOKENIZER_NAME.fullmatch(text.tokenizer) or not 1 <= text.min_tokens <= text.max_tokens or not signature.batchable:
+            raise InvalidArtifact("is no text input that there can be", key="index.signature.text", value=text)
+        if any(spec.name == text.name for spec in signature.inputs):
+            raise InvalidArtifact("is the name of another input", key="index.signature.text", value=text.name)
+
+
+def _check_padding(signature: Signature) -> None:
+    """Every input that has a padded dimension must say what fills it."""
+    for dim in signature.padded:
+        inputs = [spec for spec in signature.inputs if dim in spec.shape]
+        if not inputs or dim == "batch" or not signature.batchable:
+            raise InvalidArtifact("is no dimension that can be padded", key="index.signature.padded", value=dim)
+        for spec in inputs:
+            if spec.pad is None or not _holds(spec.dtype, spec.pad):
+                raise InvalidArtifact(f"must say with which {spec.dtype} it is padded", key=f"index.signature.{spec.name}", value=spec.pad)
+
+
+def _holds(dtype: str, value: int) -> bool:
+    """Whether an element of a datatype can be exactly this whole number, as far as anybody pads with it."""
+    bits = 8 * DTYPE_BYTES[dtype]
+    if dtype == "BOOL":
+        return value in (0, 1)
+    if dtype.startswith("UINT"):
+        return 0 <= value < 1 << bits
+    return -(1 << (bits - 1)) <= value < 1 << (bits - 1) if dtype.startswith("INT") else abs(value) <= 256

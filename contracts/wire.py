@@ -5,7 +5,7 @@ lie in shared memory and a frame refers to them by offset. File descriptors trav
 
 Who talks to whom:
     predictor -> agent   Hello (+ its segment), Submit, Cancel            on `agent.sock`
-    agent -> predictor   Welcome, FunctionChanged, FunctionGone, Answer, Failed
+    agent -> predictor   Tokenizer (+ its file), Welcome, FunctionChanged, FunctionGone, Answer, Failed
     control   -> agent   Declare, Remove, SetShare, Grant, GetStatus      on `control.sock`, one Reply each, matched by `id`
     agent -> fork server Spawn (+ the lane's two sockets, the slab, the lane page)
     agent -> lane        run channel: MapSegment (+ fd), UnmapSegment, Run, Resume;   copy channel: Attach (+ weights), Detach, Copy, CopyGrant
@@ -69,6 +69,13 @@ class Hello(Message, frozen=True):
     segment_bytes: int
 
 
+class Tokenizer(Message, frozen=True):
+    """A tokenizer, in a sealed memfd. Comes before every message that names it, so that a predictor need not keep those that it has no use for."""
+
+    FDS: ClassVar[int] = 1
+    name: str
+
+
 class Welcome(Message, frozen=True):
     """The functions that this predictor owns."""
 
@@ -90,7 +97,7 @@ class FunctionGone(Message, frozen=True):
 class Submit(Message, frozen=True):
     """Run one batch. `id` is the predictor's own and answered exactly once, by Answer or Failed.
 
-    All parts share every dimension but the first. `slo_deadline_ns` orders the queue; after `deadline_ns` the answer is of no use.
+    All parts share every dimension but the rows and those that the model pads. `slo_deadline_ns` orders the queue; after `deadline_ns` the answer is of no use.
     """
 
     id: int
@@ -360,7 +367,7 @@ class BatchDone(Message, frozen=True):
 
 
 ToAgent = Hello | Submit | Cancel
-ToPredictor = Welcome | FunctionChanged | FunctionGone | Answer | Failed
+ToPredictor = Tokenizer | Welcome | FunctionChanged | FunctionGone | Answer | Failed
 Control = Declare | Remove | SetShare | Grant | GetStatus
 ToLaneRun = MapSegment | UnmapSegment | Run | Resume
 ToLaneCopy = Attach | Detach | Copy | CopyGrant
