@@ -1,0 +1,118 @@
+"""The lattice of configurations (batch x SM x quota): where estimates are kept, and how they are read between its points.
+
+It owns interpolation (linear in the logarithms), what is said outside the measured range, and the projection on what is possible: more SMs or
+more quota never make a model slower. It knows nothing of latencies' origin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from contracts.errors import InvalidValue
+
+Array = npt.NDArray[np.float64]
+_MAX_LEVELS = (10, 24, 16)
+_DOMAIN = (np.array([1.0, 2, 4, 8, 16, 32]), np.array([2.0, 5, 10, 15, 20, 30, 40, 50, 60, 80, 100]), np.array([1.0, 5, 10, 20, 30, 40, 60, 80, 100]))
+_NAMES = ("batch", "sm_percent", "quota_percent")
+_LIMITS = (1e6, 100.0, 100.0)
+
+
+def points(batch: npt.ArrayLike, sm_percent: npt.ArrayLike, quota_percent: npt.ArrayLike) -> Array:
+    """Configurations as rows (n, 3): batch, SM and quota in percent; scalars are repeated. InvalidValue names what is no share and no batch."""
+    try:
+        columns = np.broadcast_arrays(*(np.atleast_1d(np.asarray(value, dtype=np.float64)) for value in (batch, sm_percent, quota_percent)))
+    except (TypeError, ValueError) as error:
+        raise InvalidValue(f"batch, sm_percent and quota_percent must be numbers of one length: {error}") from None
+    for name, column, limit in zip(_NAMES, columns, _LIMITS, strict=True):
+        least = 1.0 if name == "batch" else 0.0
+        wrong = ~np.isfinite(column) | (column > limit) | ((column < least) if least else (column <= 0))
+        if wrong.any():
+            raise InvalidValue(f"must be finite, {'at least 1' if least else 'above 0 and at most 100'}", key=name, value=float(column[wrong][0]))
+    return np.stack(columns, axis=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Lattice:
+    """Levels of batch, SM and quota, each ascending; the points are their product, the quota running fastest."""
+
+    batch: Array
+    sm_percent: Array
+    quota_percent: Array
+
+    @classmethod
+    def over(cls, measured: Sequence[Array]) -> Lattice:
+        """The levels that were measured (each (n, 3), see `points`), thinned where there are many; a coarse view of the whole domain when none were.
+
+        The whole device and all of the time (100 %) always belong to it.
+        """
+        if not measured:
+            return cls(*_DOMAIN)
+        rows = np.concatenate(list(measured))
+        found = [_thinned(np.unique(rows[:, axis]), limit) for axis, limit in enumerate(_MAX_LEVELS)]
+        return cls(np.union1d(found[0], [1.0]), np.union1d(found[1], [100.0]), np.union1d(found[2], [100.0]))
+
+    @property
+    def axes(self) -> tuple[Array, Array, Array]:
+        """The three levels."""
+        return self.batch, self.sm_percent, self.quota_percent
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Numbers of levels."""
+        return len(self.batch), len(self.sm_percent), len(self.quota_percent)
+
+    def rows(self) -> Array:
+        """All points (n, 3) in the lattice's order."""
+        return np.stack([axis.ravel() for axis in np.meshgrid(*self.axes, indexing="ij")], axis=-1)
+
+    def weights(self, rows: Array, axis: int) -> Array:
+        """Interpolation weights (n, levels) of the rows along one axis; clamped at its ends."""
+        levels = np.log(self.axes[axis])
+        if len(levels) == 1:
+            return np.ones((len(rows), 1))
+        at = np.log(rows[:, axis])
+        upper = np.clip(np.searchsorted(levels, at), 1, len(levels) - 1)
+        part = np.clip((at - levels[upper - 1]) / (levels[upper] - levels[upper - 1]), 0.0, 1.0)
+        found = np.zeros((len(rows), len(levels)))
+        index = np.arange(len(rows))
+        found[index, upper - 1] = 1 - part
+        found[index, upper] += part
+        return found
+
+    def beyond(self, rows: Array) -> Array:
+        """What lies outside the lattice (n,), as an addition to the logarithm of the latency: time grows as 1 / share and as the batch."""
+        batch, sm, quota = (np.log(rows[:, axis]) for axis in range(3))
+        outside = np.maximum(np.log(self.sm_percent[0]) - sm, 0.0) + np.maximum(np.log(self.quota_percent[0]) - quota, 0.0)
+        return np.asarray(outside + np.maximum(batch - np.log(self.batch[-1]), 0.0), dtype=np.float64)
+
+    def read(self, values: Array, rows: Array) -> Array:
+        """Values (k, *shape) at the rows: (k, n). Linear along each axis, so it keeps the order that the lattice has."""
+        batch, sm, quota = (self.weights(rows, axis) for axis in range(3))
+        along = np.einsum("kbsq,nq->kbsn", values, quota, optimize=True)
+        return np.asarray(np.einsum("kbsn,nb,ns->kn", along, batch, sm, optimize=True), dtype=np.float64)
+
+
+def monotone(values: Array) -> Array:
+    """The values (batch, SM, quota) made non-increasing along SM and quota: half way between the least majorant and the greatest minorant.
+
+    Both bounds are non-increasing, so is their mean; where the values already are, nothing changes.
+    """
+    above = np.maximum.accumulate(np.maximum.accumulate(values[:, ::-1, ::-1], axis=1), axis=2)[:, ::-1, ::-1]
+    below = np.minimum.accumulate(np.minimum.accumulate(values, axis=1), axis=2)
+    return np.asarray((above + below) / 2, dtype=np.float64)
+
+
+def _thinned(levels: Array, limit: int) -> Array:
+    if len(levels) <= limit:
+        return levels
+    return np.asarray(levels[np.linspace(0, len(levels) - 1, limit).round().astype(int)], dtype=np.float64)
+
+
+def log_distance(levels: Array) -> Array:
+    """Pairwise differences of the logarithms (n, n)."""
+    log = np.log(levels)
+    return np.asarray(log[:, None] - log[None, :], dtype=np.float64)
