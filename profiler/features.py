@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from contracts.errors import InvalidArtifact
 
 VERSION = 1
-Kind = Literal["convolution", "grouped", "matmul", "attention", "normalisation", "elementwise", "reduction", "movement", "other"]
+Kind = Literal["convolution", "grouped", "matmul", "attention", "normalisation", "elementwise", "reduction", "movement"]
 """`grouped` are convolutions that mix no or few channels (depthwise), which are bound by memory; `movement` copies, gathers and joins."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -96,8 +96,10 @@ class Features(msgspec.Struct, frozen=True):
         return np.array(found)
 
 
-def from_runs(small: Mapping[Kind, Work], large: Mapping[Kind, Work], rows: tuple[int, int]) -> dict[Kind, Work]:
-    """Straight lines through two runs of the same graph, whose counts stand in `fixed_flops` and `fixed_bytes`."""
+def from_runs(runs: Sequence[Mapping[Kind, Work]], rows: Sequence[int]) -> dict[Kind, Work]:
+    """The straight lines through two runs of one graph, or the one run there is; the runs' counts stand in `fixed_flops` and `fixed_bytes`."""
+    if len(runs) == 1:
+        return dict(runs[0])
     few, many = rows
 
     def line(first: float, second: float) -> tuple[float, float]:
@@ -105,8 +107,8 @@ def from_runs(small: Mapping[Kind, Work], large: Mapping[Kind, Work], rows: tupl
         return first - few * row, row
 
     found: dict[Kind, Work] = {}
-    for kind, work in small.items():
-        other = large.get(kind, Work())
+    for kind, work in runs[0].items():
+        other = runs[1].get(kind, Work())
         fixed_flops, row_flops = line(work.fixed_flops, other.fixed_flops)
         fixed_bytes, row_bytes = line(work.fixed_bytes, other.fixed_bytes)
         found[kind] = Work(work.kernels, work.weight_bytes, fixed_flops, row_flops, fixed_bytes, row_bytes)
