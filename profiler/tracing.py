@@ -67,7 +67,7 @@ class Failed(msgspec.Struct, frozen=True):
 
 
 def weightless(ref: ModelRef) -> Loaded:
-    """The model without the numbers of its weights where the catalogue knows its architecture: nothing large is read then. Errors as `load` raises."""
+    """The model without the numbers of its weights where the catalogue knows its architecture: nothing large is read then."""
     described = describe(ref)
     if described.config is None:
         return load(ref)
