@@ -7,6 +7,7 @@ callbacks of the agent's channel and two timers. Knows no HTTP and no JSON.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections.abc import Mapping, Sequence
@@ -69,7 +70,11 @@ class _Run(Batch):
 
 
 class Served:
-    """One function of this predictor and what is known of it."""
+    """One function of this predictor and what is known of it.
+
+    `loaded` is what clients asked of this predictor (`Dispatcher.load`, `unload`); whether the node can run it is in `info`. `changed` is set, and
+    replaced, when either may have become different.
+    """
 
     def __init__(self, info: FunctionInfo, metrics: Metrics) -> None:
         self.info = info
@@ -80,10 +85,18 @@ class Served:
         self.metrics = FunctionMetrics(metrics, self.key, lambda: len(self.tickets))
         self.wake: asyncio.TimerHandle | None = None
         self.wake_ns: int | None = None
+        self.loaded = True
+        self.changed = asyncio.Event()
+
+    def tell(self) -> None:
+        """Wakes whoever waits for a change."""
+        self.changed.set()
+        self.changed = asyncio.Event()
 
     def update(self, info: FunctionInfo) -> None:
         """The function as it is from now on."""
         self.info = info
+        self.tell()
         alone = info.signature is not None and not info.signature.batchable
         self.batcher.max_batch = 1 if alone else info.function.max_batch
         self.batcher.max_rows = _QUEUED_BATCHES * info.function.max_batch
@@ -115,7 +128,7 @@ class Dispatcher:
     def ready(self, name: str) -> bool:
         """Whether a request for this model would be run at once."""
         key = self._names.get(name)
-        return key is not None and self.client.live(key)
+        return key is not None and self.client.live(key) and self._served[key].loaded
 
     def find(self, name: str) -> Served:
         """The function behind a model name in a URL, or NotFound."""
@@ -127,12 +140,31 @@ class Dispatcher:
     def signature(self, served: Served) -> Signature:
         """What the function takes, if it takes requests now (a lost agent's functions do, for a while); Unavailable otherwise."""
         info = served.info
+        if not served.loaded:
+            raise Unavailable(f"{served.key} is unloaded here", retry_after_ms=_RETRY_MS)
         if info.signature is not None and (self.client.live(served.key) or self.client.awaited(served.key)):
             return info.signature
         if info.state == "failed":
             raise Unavailable(f"{served.key} cannot be served: {info.reason}", retry_after_ms=_RETRY_MS)
         why = "is loading" if self.client.connected else "waits for its node agent"
         raise Unavailable(f"{served.key} {why}", retry_after_ms=_RETRY_MS)
+
+    def unload(self, name: str) -> None:
+        """Takes a model out of this predictor: what was accepted is answered, what comes is Unavailable. Again is no error; NotFound is."""
+        served = self.find(name)
+        served.loaded = False
+        served.tell()
+
+    async def load(self, name: str, timeout_ns: int) -> None:
+        """Brings a model back, and returns when it would run at once; Unavailable says why it cannot, or not within `timeout_ns`; NotFound."""
+        served = self.find(name)
+        served.loaded = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_ns / S):
+                while served.loaded and served.info.state != "failed" and not self.client.live(served.key):
+                    await served.changed.wait()
+        if self.find(name) is not served or not self.client.live(served.key):
+            self.signature(served)
 
     def submit(self, served: Served, signature: Signature, inputs: Mapping[str, Array], timeout_ns: int | None) -> Ticket:
         """Accepts a request or says why not: InvalidTensor, Refused. `timeout_ns` can only shorten the function's own."""
@@ -190,6 +222,7 @@ class Dispatcher:
         served = self._served.pop(key)
         self._names = {name: other for name, other in self._names.items() if other != key}
         self._empty(served, NotFound(f"the function {key} was removed"))
+        served.tell()
         served.metrics.forget()
 
     def on_retry(self, function: str) -> None:
@@ -261,6 +294,7 @@ class Dispatcher:
                 waiting.append(ticket)
         if isinstance(outcome, Answer):
             served.estimates.observe(batch.submitted_ns, now_ns, outcome.swap_ns + outcome.run_ns)
+            served.metrics.ran(sum(batch.rows), outcome.run_ns)
             self._answer(batch, outcome)
         elif isinstance(outcome, ExecutionError) and len(batch.tickets) > 1:
             for ticket in waiting:
@@ -280,7 +314,7 @@ class Dispatcher:
                 ticket.outputs = {ref.name: segment.view(ref, NUMPY[ref.dtype]) for ref in ticket.placement.outputs}
                 outcome = Outcome(queue_ns, answer.swap_ns, answer.run_ns, answer.cold, answer.device, batch.id, row, rows)
                 ticket.future.set_result(outcome)
-                batch.served.metrics.answered(queue_ns, answer.swap_ns, answer.run_ns)
+                batch.served.metrics.answered(ticket.rows, queue_ns, answer.swap_ns, answer.run_ns)
             row += ticket.rows
 
     def _empty(self, served: Served, error: SluiceError) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from contracts.artifact import Signature
 from contracts.errors import InvalidValue, SluiceError
-from contracts.units import MS, S, ms
+from contracts.units import MS, ms
 from predictor.dispatch import Dispatcher, Outcome, Ticket
 from predictor.tensors import Array
 
@@ -44,6 +44,7 @@ class Front:
         `decode` gives the inputs, and the function that encodes the outputs: it reads them in shared memory, before that is freed.
         """
         served = self.dispatcher.find(name)
+        start_ns = time.monotonic_ns()
         try:
             signature = self.dispatcher.signature(served)
             inputs, encode = decode(signature)
@@ -51,17 +52,18 @@ class Front:
             try:
                 with _watched(receive, ticket):
                     outcome = await ticket.future
+                ran_ns = time.monotonic_ns()
                 answer = encode(ticket.outputs, outcome)
             finally:
                 self.dispatcher.finish(ticket)
         except SluiceError as error:
-            served.metrics.count(type(error).__name__)
+            served.metrics.failed(type(error).__name__, time.monotonic_ns() - start_ns)
             raise
         except (ClientGone, asyncio.CancelledError):
-            served.metrics.count("cancelled")
+            served.metrics.failed("cancelled", time.monotonic_ns() - start_ns)
             raise
-        served.metrics.count("ok")
-        served.metrics.total.observe((time.monotonic_ns() - ticket.arrival_ns) / S)
+        end_ns = time.monotonic_ns()
+        served.metrics.succeeded(end_ns - start_ns, ticket.arrival_ns - start_ns, end_ns - ran_ns)
         return answer
 
 

@@ -1,16 +1,18 @@
 """What the predictor measures, on the registry that KServe's server shows at /metrics.
 
-Owns the Prometheus objects. Decides nothing.
+Owns the Prometheus objects, and beside them the sums that Triton's statistics show: one call feeds both. Decides nothing.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from contracts import metrics as names
-from contracts.units import S
+from contracts.units import MS, S
+from predictor.statistics import Statistics
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -46,6 +48,7 @@ class FunctionMetrics:
         self._metrics = metrics
         self._function = function
         self._outcomes: dict[str, Counter] = {}
+        self.statistics = Statistics()
         self.total = metrics.total.labels(function)
         self.queue = metrics.queue.labels(function)
         self.swap = metrics.swap.labels(function)
@@ -55,18 +58,39 @@ class FunctionMetrics:
         self.retries = metrics.retries.labels(function)
         metrics.in_flight.labels(function).set_function(in_flight)
 
-    def count(self, outcome: str) -> None:
-        """One more request ended like this."""
-        counter = self._outcomes.get(outcome)
-        if counter is None:
-            counter = self._outcomes[outcome] = self._metrics.requests.labels(self._function, outcome)
-        counter.inc()
+    def succeeded(self, total_ns: int, input_ns: int, output_ns: int) -> None:
+        """A request was answered: its whole time, and how much of that was decoding and encoding."""
+        self._count("ok")
+        self.total.observe(total_ns / S)
+        self.statistics.success.add(total_ns)
+        self.statistics.compute_input.add(input_ns)
+        self.statistics.compute_output.add(output_ns)
 
-    def answered(self, queue_ns: int, swap_ns: int, run_ns: int) -> None:
+    def failed(self, outcome: str, total_ns: int) -> None:
+        """A request ended without an answer; `outcome` is the kind of error."""
+        self._count(outcome)
+        self.statistics.fail.add(total_ns)
+
+    def ran(self, rows: int, run_ns: int) -> None:
+        """A batch came back with its outputs."""
+        self.statistics.ran(rows, run_ns)
+        self.statistics.last_inference_ms = time.time_ns() // MS
+
+    def answered(self, rows: int, queue_ns: int, swap_ns: int, run_ns: int) -> None:
         """The parts of one answered request's time."""
         self.queue.observe(queue_ns / S)
         self.swap.observe(swap_ns / S)
         self.run.observe(run_ns / S)
+        self.statistics.inferences += rows
+        self.statistics.queue.add(queue_ns)
+        self.statistics.swap.add(swap_ns)
+        self.statistics.compute_infer.add(run_ns)
+
+    def _count(self, outcome: str) -> None:
+        counter = self._outcomes.get(outcome)
+        if counter is None:
+            counter = self._outcomes[outcome] = self._metrics.requests.labels(self._function, outcome)
+        counter.inc()
 
     def forget(self) -> None:
         """The function is gone: its lines go too."""
