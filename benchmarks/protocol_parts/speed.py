@@ -1,0 +1,71 @@
+"""Speed: the same requests to our server, KServe's own and an echo, in turns, so that the machine's moods fall on all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.protocol_parts import models, servers
+from benchmarks.protocol_parts.client import Leg
+from benchmarks.protocol_parts.messages import IDENTITY, KINDS
+from contracts.units import MS
+
+SMALL, LARGE = 4, 150_528
+"""Values of a request: 16 bytes, and a picture of 3 x 224 x 224 (602 KB)."""
+CROWD = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One kind of request, its size, and how many at a time."""
+
+    kind: str
+    values: int
+    concurrency: int
+
+
+@dataclass(slots=True)
+class Seen:
+    """One server in one case, round by round: the median latency, and requests per second."""
+
+    p50_ms: list[float] = field(default_factory=list)
+    per_s: list[float] = field(default_factory=list)
+
+    @property
+    def latency_ms(self) -> float:
+        """The median of the rounds."""
+        return statistics.median(self.p50_ms)
+
+    @property
+    def throughput(self) -> float:
+        """The median of the rounds."""
+        return statistics.median(self.per_s)
+
+
+CASES = [Case(kind, values, concurrency) for kind in KINDS for values, concurrency in ((SMALL, 1), (SMALL, CROWD), (LARGE, 1))]
+
+Found = Mapping[tuple[Case, str], Seen]
+
+
+def measure(rounds: int, seconds: float, least: int) -> Found:
+    """`rounds` turns of every case, each leg `seconds` long and `least` requests at the fewest; servers are "stock", "ours" and "echo"."""
+    found: dict[tuple[Case, str], Seen] = {}
+    with tempfile.TemporaryDirectory(prefix="sluice-identity-") as folder:
+        program = Path(folder, "identity.pt2")
+        models.export_identity(program)
+        document = models.document(IDENTITY, program, quota_percent=90)
+        with servers.stock() as stock, servers.echo() as echo, servers.ours(document) as (ours, _), servers.client() as client:
+            beside = {"stock": stock, "ours": ours, "echo": echo}
+            for number in range(rounds):
+                for case in CASES:
+                    names = [name for name in beside if name != "echo" or case.kind == "binary"]
+                    for name in names if number % 2 else reversed(names):
+                        leg = Leg(beside[name].port(case.kind), case.kind, case.values, case.concurrency, seconds, least, echo=name == "echo")
+                        timing = client.measure(leg)
+                        seen = found.setdefault((case, name), Seen())
+                        seen.p50_ms.append(statistics.median(timing.latencies_ns) / MS)
+                        seen.per_s.append(timing.per_s)
+    return found
