@@ -65,8 +65,8 @@ class NodeState:
 
     def next_tick_ns(self) -> int | None:
         """When a Tick is needed if nothing else happens first; None when never."""
-        at = min(self._deadlines[0][0] + 1 if self._deadlines else NEVER_NS, self._dispatcher.next_ns, self._reap_at_ns)
-        return None if at == NEVER_NS else at
+        at = min(self._next_deadline_ns() + 1, self._dispatcher.next_ns, self._reap_at_ns)
+        return None if at >= NEVER_NS else at
 
     def refusal(self, key: str, share: Share, weight_bytes: int = 0) -> str | None:
         """Why a function with this share cannot be served, None if it can: guarantees must add up to no more than the devices have."""
@@ -186,6 +186,16 @@ class NodeState:
             if request is not None and request.lane is None:
                 self._reject(request.function.dequeue(request), Reason.DEADLINE)
                 self._dispatcher.requeue(request.function, now_ns)
+
+    def _next_deadline_ns(self) -> int:
+        """The first deadline of a request that waits. Others need no look: what is on a lane is answered when that is done with it."""
+        while self._deadlines:
+            deadline_ns, number = self._deadlines[0]
+            request = self.requests.get(number)
+            if request is not None and request.lane is None:
+                return deadline_ns
+            heapq.heappop(self._deadlines)
+        return NEVER_NS
 
     def _reject(self, request: RequestState, reason: Reason, retry_after_ms: int = 0) -> None:
         del self.requests[request.number]
