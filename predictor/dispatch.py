@@ -128,7 +128,7 @@ class Dispatcher:
     def ready(self, name: str) -> bool:
         """Whether a request for this model would be run at once."""
         key = self._names.get(name)
-        return key is not None and self.client.live(key) and self._served[key].loaded
+        return key is not None and not self.unready(self._served[key])
 
     def find(self, name: str) -> Served:
         """The function behind a model name in a URL, or NotFound."""
@@ -139,15 +139,20 @@ class Dispatcher:
 
     def signature(self, served: Served) -> Signature:
         """What the function takes, if it takes requests now (a lost agent's functions do, for a while); Unavailable otherwise."""
-        info = served.info
-        if not served.loaded:
-            raise Unavailable(f"{served.key} is unloaded here", retry_after_ms=_RETRY_MS)
-        if info.signature is not None and (self.client.live(served.key) or self.client.awaited(served.key)):
-            return info.signature
-        if info.state == "failed":
-            raise Unavailable(f"{served.key} cannot be served: {info.reason}", retry_after_ms=_RETRY_MS)
-        why = "is loading" if self.client.connected else "waits for its node agent"
+        why = self.unready(served)
+        if served.info.signature is not None and (not why or (served.loaded and self.client.awaited(served.key))):
+            return served.info.signature
         raise Unavailable(f"{served.key} {why}", retry_after_ms=_RETRY_MS)
+
+    def unready(self, served: Served) -> str:
+        """Why a request for this function would not be run at once; "" when it would."""
+        if not served.loaded:
+            return "is unloaded here"
+        if self.client.live(served.key):
+            return ""
+        if served.info.state == "failed":
+            return f"cannot be served: {served.info.reason}"
+        return "is loading" if self.client.connected else "waits for its node agent"
 
     def unload(self, name: str) -> None:
         """Takes a model out of this predictor: what was accepted is answered, what comes is Unavailable. Again is no error; NotFound is."""
@@ -161,10 +166,10 @@ class Dispatcher:
         served.loaded = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_ns / S):
-                while served.loaded and served.info.state != "failed" and not self.client.live(served.key):
+                while self.unready(served) and served.loaded and served.info.state != "failed" and self._served.get(served.key) is served:
                     await served.changed.wait()
-        if self.find(name) is not served or not self.client.live(served.key):
-            self.signature(served)
+        if why := self.unready(self.find(name)):
+            raise Unavailable(f"{served.key} {why}", retry_after_ms=_RETRY_MS)
 
     def submit(self, served: Served, signature: Signature, inputs: Mapping[str, Array], timeout_ns: int | None) -> Ticket:
         """Accepts a request or says why not: InvalidTensor, Refused. `timeout_ns` can only shorten the function's own."""

@@ -1,0 +1,221 @@
+"""Everything that is asked of the server beside inference: the routes and the RPCs of `metadata`, `repository` and `statistics`.
+
+Owns how a view is reached and written, over HTTP and gRPC alike; the views are dictionaries, which JSON and protobuf are written from. Messages are
+Triton's (`management.proto`), of which KServe's are a part, so that clients of both find their methods.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import grpc  # type: ignore[import-untyped]
+import yaml
+from fastapi import FastAPI
+from google.protobuf import json_format
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from contracts.errors import InvalidValue, SluiceError
+from contracts.units import S
+from predictor import tensors
+from predictor.front import Front, timeout_ns
+from predictor.protocols import management_pb2 as pb
+from predictor.protocols import metadata, repository
+from predictor.protocols.codes import BodyTooLarge, codes
+from predictor.protocols.statistics import statistics
+
+SERVICE = "inference.GRPCInferenceService"
+_MAX_BODY_BYTES = 1 << 20
+log = logging.getLogger("sluice.predictor")
+
+_GET: Mapping[str, Callable[..., object]] = {
+    "/": lambda _: {"status": "alive"},
+    "/v1/models": metadata.models,
+    "/v1/models/{name}": metadata.check_model_ready,
+    "/v2": metadata.server,
+    "/v2/health/live": lambda _: {"live": True},
+    "/v2/health/ready": metadata.check_server_ready,
+    "/v2/models": metadata.models,
+    "/v2/models/stats": statistics,
+    "/v2/models/{name}": metadata.model,
+    "/v2/models/{name}/config": metadata.config,
+    "/v2/models/{name}/ready": metadata.check_model_ready,
+    "/v2/models/{name}/stats": statistics,
+    "/v2/models/{name}/versions/{version}": metadata.model,
+    "/v2/models/{name}/versions/{version}/config": metadata.config,
+    "/v2/models/{name}/versions/{version}/ready": metadata.check_model_ready,
+    "/v2/models/{name}/versions/{version}/stats": statistics,
+}
+"""Path -> view(front, **path parameters)."""
+
+_NOT_OFFERED = (
+    "/v1/models/{name}:explain",
+    "/v2/logging",
+    "/v2/trace/setting",
+    "/v2/models/{name}/trace/setting",
+    "/v2/models/{name}/generate",
+    "/v2/models/{name}/generate_stream",
+    "/v2/systemsharedmemory/{rest:path}",
+    "/v2/cudasharedmemory/{rest:path}",
+)
+"""What Triton's and KServe's clients can ask for and this server does not do. Over gRPC an unknown method says so by itself."""
+
+
+def add_routes(app: FastAPI, front: Front) -> None:
+    """The HTTP routes, and the description of all of this server's at /openapi.json."""
+    document = yaml.safe_load((Path(__file__).parent / "openapi.yaml").read_text())
+    document["info"]["version"] = metadata.server(front)["version"]
+    app.openapi = lambda: document  # type: ignore[method-assign]
+    for path, view in _GET.items():
+        app.add_route(path, _get(front, view), methods=["GET"])
+    for path, action in {
+        "/v2/repository/index": _index,
+        "/v2/repository/models/{name}/load": _load,
+        "/v2/repository/models/{name}/unload": _unload,
+    }.items():
+        app.add_route(path, _post(front, action), methods=["POST"])
+    for path in _NOT_OFFERED:
+        app.add_route(path, _not_offered, methods=["GET", "POST"])
+    app.add_exception_handler(HTTPException, _on_http_exception)
+
+
+def _get(front: Front, view: Callable[..., object]) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        return _json(view(front, **request.path_params))
+
+    return answer
+
+
+def _post(front: Front, action: Callable[..., Awaitable[object]]) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        return _json(await action(front, await _document(request), request))
+
+    return answer
+
+
+async def _index(front: Front, document: Mapping[str, Any], _request: Request) -> object:
+    ready = document.get("ready", False)
+    if not isinstance(ready, bool):
+        raise InvalidValue("must be true or false", key="ready", value=ready)
+    return repository.index(front, ready)
+
+
+async def _load(front: Front, document: Mapping[str, Any], request: Request) -> object:
+    return await repository.load(front, request.path_params["name"], _parameters(document), timeout_ns(request.headers.get("sluice-timeout-ms")))
+
+
+async def _unload(front: Front, document: Mapping[str, Any], request: Request) -> object:
+    return repository.unload(front, request.path_params["name"], _parameters(document))
+
+
+async def _document(request: Request) -> Mapping[str, Any]:
+    """The JSON object of a body; an empty body is an empty object."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > _MAX_BODY_BYTES:
+            raise BodyTooLarge(f"must be at most {_MAX_BODY_BYTES} bytes", key="body", value=f"{len(body)} bytes and more")
+    document = tensors.parse(bytes(body)) if body.strip() else {}
+    if not isinstance(document, dict):
+        raise InvalidValue("the body must be a JSON object")
+    return document
+
+
+def _parameters(document: Mapping[str, Any]) -> Mapping[str, object]:
+    parameters = document.get("parameters", {})
+    if not isinstance(parameters, dict):
+        raise InvalidValue("must be an object", key="parameters", value=parameters)
+    return parameters
+
+
+def _json(value: object, code: int = 200) -> Response:
+    return Response(tensors.dump(value), code, media_type="application/json")
+
+
+async def _not_offered(request: Request) -> Response:
+    return _json({"error": f"this server does not do {request.url.path}"}, 501)
+
+
+async def _on_http_exception(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    response = _json({"error": error.detail}, error.status_code)
+    response.headers.update(error.headers or {})
+    return response
+
+
+def add_service(server: grpc.aio.Server, front: Front) -> None:
+    """Every RPC but ModelInfer. Added before KServe's service it answers for those methods that both have."""
+    handlers = {}
+    for method, (asked, answered, view) in _RPCS.items():
+        handlers[method] = grpc.unary_unary_rpc_method_handler(
+            _rpc(front, view, answered), request_deserializer=asked.FromString, response_serializer=answered.SerializeToString
+        )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+
+def _rpc(front: Front, view: Callable[..., Awaitable[object]], answered: type[Any]) -> Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]:
+    async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            return json_format.ParseDict(await view(front, request, context), answered(), ignore_unknown_fields=True)
+        except SluiceError as error:
+            _, status, more = codes(error)
+            await context.abort(status, error.message, tuple(more.items()))
+
+    return call
+
+
+async def _rpc_load(front: Front, request: Any, context: grpc.aio.ServicerContext) -> object:
+    left_s = context.time_remaining()
+    done = await repository.load(front, _model_name(request), request.parameters, None if left_s is None else max(1, int(left_s * S)))
+    return {"model_name": done["name"], "done": done["load"]}
+
+
+async def _rpc_unload(front: Front, request: Any, _context: grpc.aio.ServicerContext) -> object:
+    done = repository.unload(front, _model_name(request), request.parameters)
+    return {"model_name": done["name"], "done": done["unload"]}
+
+
+def _model_name(request: Any) -> str:
+    """KServe's clients write the model's name where Triton's write a repository's, which nothing here has."""
+    if request.repository_name and request.model_name:
+        raise InvalidValue("there are no repositories to choose from", key="repository_name", value=request.repository_name)
+    return str(request.model_name or request.repository_name)
+
+
+async def _rpc_index(front: Front, request: Any, _context: grpc.aio.ServicerContext) -> object:
+    if request.repository_name:
+        raise InvalidValue("there are no repositories to choose from", key="repository_name", value=request.repository_name)
+    return {"models": repository.index(front, request.ready)}
+
+
+def _of_server(view: Callable[[Front], object]) -> Callable[..., Awaitable[object]]:
+    async def call(front: Front, _request: Any, _context: grpc.aio.ServicerContext) -> object:
+        return view(front)
+
+    return call
+
+
+def _of_model(view: Callable[[Front, str, str], object]) -> Callable[..., Awaitable[object]]:
+    async def call(front: Front, request: Any, _context: grpc.aio.ServicerContext) -> object:
+        return view(front, request.name, request.version)
+
+    return call
+
+
+_RPCS: Mapping[str, tuple[type[Any], type[Any], Callable[..., Awaitable[object]]]] = {
+    "ServerLive": (pb.Empty, pb.Flag, _of_server(lambda _: {"value": True})),
+    "ServerReady": (pb.Empty, pb.Flag, _of_server(lambda front: {"value": metadata.server_ready(front)})),
+    "ServerMetadata": (pb.Empty, pb.ServerMetadata, _of_server(metadata.server)),
+    "ModelReady": (pb.ModelRequest, pb.Flag, _of_model(lambda *model: {"value": metadata.model_ready(*model)})),
+    "ModelMetadata": (pb.ModelRequest, pb.ModelMetadata, _of_model(metadata.model)),
+    "ModelConfig": (pb.ModelRequest, pb.ModelConfigResponse, _of_model(lambda *model: {"config": metadata.config(*model)})),
+    "ModelStatistics": (pb.ModelRequest, pb.ModelStatisticsResponse, _of_model(statistics)),
+    "RepositoryIndex": (pb.RepositoryIndexRequest, pb.RepositoryIndexResponse, _rpc_index),
+    "RepositoryModelLoad": (pb.RepositoryModelRequest, pb.RepositoryModelResponse, _rpc_load),
+    "RepositoryModelUnload": (pb.RepositoryModelRequest, pb.RepositoryModelResponse, _rpc_unload),
+}
+"""Method -> its request and response, and the view of (front, request, context)."""
