@@ -46,6 +46,7 @@ class FunctionState:
         "stuck",
         "swaps",
         "turn",
+        "waiting",
         "wake_ns",
     )
 
@@ -65,6 +66,7 @@ class FunctionState:
         self.stuck = False
         self.holder_until_ns = 0
         self.overtaken = 0
+        self.waiting = False
         self.ready_key: tuple[Any, ...] | None = None
         self.wake_ns = NEVER_NS
         self.answered = self.on_time = self.retried = self.swaps = 0
@@ -119,6 +121,7 @@ class RequestState:
         "slo_deadline_ns",
         "started_ns",
         "turn",
+        "waiting",
         "wake_ns",
     )
 
@@ -136,6 +139,7 @@ class RequestState:
         self.estimate_ns = 0
         self.gpu_ns = 0
         self.retried = self.cancelled = self.cold = False
+        self.waiting = False
         self.ready_key: tuple[Any, ...] | None = None
         self.wake_ns = NEVER_NS
 

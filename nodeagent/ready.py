@@ -14,8 +14,9 @@ from nodeagent.tokens import NEVER_NS, Tier
 
 
 class Waiting(Protocol):
-    """What can stand in the queue, which owns the first two fields. `turn` breaks ties; no two items have the same."""
+    """What can stand in the queue, which owns the first three fields. `turn` breaks ties; no two items have the same."""
 
+    waiting: bool
     ready_key: tuple[Any, ...] | None
     wake_ns: int
     turn: int
@@ -40,7 +41,8 @@ class ReadyQueue:
 
     def place(self, item: Waiting, tier: Tier, order: tuple[Any, ...], change_ns: int) -> None:
         """Puts an item where its urgency says, until `change_ns`."""
-        self.discard(item)
+        self._take_out(item)
+        item.waiting = True
         if tier is not Tier.BLOCKED:
             item.ready_key = (tier, *order)
             insort(self._ordered, (item.ready_key, item.turn, item))
@@ -49,10 +51,9 @@ class ReadyQueue:
             heapq.heappush(self._wakes, (change_ns, item.turn, item))
 
     def discard(self, item: Waiting) -> None:
-        """Takes an item out of the order."""
-        if item.ready_key is not None:
-            del self._ordered[bisect_left(self._ordered, (item.ready_key, item.turn))]
-            item.ready_key = None
+        """The item waits no more."""
+        self._take_out(item)
+        item.waiting = False
 
     def due(self, now_ns: int) -> list[Any]:
         """Items whose time has come; each must be placed again if it still waits."""
@@ -66,5 +67,17 @@ class ReadyQueue:
 
     @property
     def next_ns(self) -> int:
-        """When `due` next has something."""
-        return self._wakes[0][0] if self._wakes else NEVER_NS
+        """When `due` next has something that waits."""
+        while self._wakes:
+            wake_ns, _, item = self._wakes[0]
+            if item.waiting and item.wake_ns == wake_ns:
+                return wake_ns
+            heapq.heappop(self._wakes)
+            if item.wake_ns == wake_ns:
+                item.wake_ns = NEVER_NS
+        return NEVER_NS
+
+    def _take_out(self, item: Waiting) -> None:
+        if item.ready_key is not None:
+            del self._ordered[bisect_left(self._ordered, (item.ready_key, item.turn))]
+            item.ready_key = None
