@@ -1,0 +1,133 @@
+"""One point: a function's latency in one configuration, through the agent and a real lane.
+
+Owns how a point is measured: the share set live with the quota as the limit, so that it binds; batches one at a time, the next at the answer; the
+saved quota used up first; as many samples as their spread asks for. Knows no grid and writes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from contracts.functions import Share
+from contracts.units import MS, S
+from contracts.wire import Answer
+from profiler.points import Config
+from profiler.session import Caller, Session
+
+_WARM_UP = 2
+_WINDOW_NS = 100 * MS
+_DRAINED = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How many batches a point takes: until the standard error of the mean latency is below `spread` of it.
+
+    At least `enough` batches, or as many as fit `seconds`, and `fewest` in any case; it ends after `most_seconds`, whatever the spread.
+    """
+
+    spread: float = 0.01
+    fewest: int = 4
+    enough: int = 100
+    seconds: float = 1.0
+    most_seconds: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Mean and percentiles in ms."""
+
+    mean_ms: float
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+
+    @classmethod
+    def of(cls, values_ns: Sequence[int]) -> Spread:
+        """Of times in ns."""
+        p50, p95, p99 = np.percentile(values_ns, (50, 95, 99))
+        return cls(statistics.fmean(values_ns) / MS, float(p50) / MS, float(p95) / MS, float(p99) / MS)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one configuration gave. `service` is the latency without the wait in the agent's queue."""
+
+    samples: int
+    latency: Spread
+    service: Spread
+    gpu_ms: float
+
+
+@dataclass(slots=True)
+class _Samples:
+    latency_ns: list[int] = dataclasses.field(default_factory=list)
+    queue_ns: list[int] = dataclasses.field(default_factory=list)
+    run_ns: list[int] = dataclasses.field(default_factory=list)
+
+    def add(self, answer: Answer, took_ns: int) -> None:
+        self.latency_ns.append(took_ns)
+        self.queue_ns.append(answer.queue_ns)
+        self.run_ns.append(answer.run_ns)
+
+    def suffice(self, sampling: Sampling, begun_ns: int) -> bool:
+        count, passed_s = len(self.latency_ns), (time.monotonic_ns() - begun_ns) / S
+        if count < sampling.fewest:
+            return False
+        if passed_s >= sampling.most_seconds:
+            return True
+        if count < sampling.enough and passed_s < sampling.seconds:
+            return False
+        error_ns = statistics.stdev(self.latency_ns) / math.sqrt(count)
+        return error_ns <= sampling.spread * statistics.fmean(self.latency_ns)
+
+
+def measure(session: Session, caller: Caller, key: str, config: Config, sampling: Sampling) -> Measured:
+    """Measures one configuration of a function. The caller's batch is the configuration's."""
+    session.set_share(key, Share.of(config.sm_percent, 100))
+    for _ in range(_WARM_UP):
+        caller.call()
+    share = Share.of(config.sm_percent, config.quota_percent, config.quota_percent)
+    session.set_share(key, share)
+    _drain(caller, share)
+    samples = _Samples()
+    begun_ns = time.monotonic_ns()
+    while not samples.suffice(sampling, begun_ns):
+        answer, took_ns = caller.call()
+        if not answer.cold:
+            samples.add(answer, took_ns)
+    # What the last batch owes is paid at full quota, in its own time: at the next one's quota it could take minutes.
+    session.set_share(key, Share.of(config.sm_percent, 100))
+    time.sleep(samples.run_ns[-1] / S)
+    service_ns = [took - queued for took, queued in zip(samples.latency_ns, samples.queue_ns, strict=True)]
+    return Measured(len(service_ns), Spread.of(samples.latency_ns), Spread.of(service_ns), statistics.fmean(samples.run_ns) / MS)
+
+
+def _drain(caller: Caller, share: Share) -> None:
+    """Uses up what the function has saved of its quota, a window's worth at most: then it waits for its turn as it will from now on."""
+    quota = share.quota_percent / 100
+    if quota >= 1:
+        return
+    used_ns = waited_ns = run_ns = 0
+    while used_ns < _WINDOW_NS * quota / (1 - quota) and waited_ns <= _DRAINED * run_ns * (1 / quota - 1):
+        answer, _ = caller.call()
+        waited_ns, run_ns = answer.queue_ns, answer.run_ns
+        used_ns += run_ns
+
+
+def cold_ms(caller: Caller, chill: Callable[[], None], times: int = 5) -> float:
+    """What a cold answer takes longer than the warm one after it, without the wait in the queue; the median of some. `chill` makes it cold."""
+    extra_ns = []
+    for _ in range(times):
+        chill()
+        answer, cold_ns = caller.call()
+        _, warm_ns = caller.call()
+        extra_ns.append(cold_ns - answer.queue_ns - warm_ns)
+    return max(0.0, statistics.median(extra_ns) / MS)
