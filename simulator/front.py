@@ -1,0 +1,120 @@
+"""The predictors of the simulated world: the real `Batcher` and admission estimates, request by request, before a simulated node.
+
+Owns the requests under way. As in the predictor a request is refused when it cannot be answered in time, waits for company while the deadline leaves
+room, and its batch is cut by the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from contracts.functions import Function
+from contracts.units import MS
+from nodeagent import events as ev
+from predictor.admission import Estimates
+from predictor.batching import Batcher, Waiting
+from simulator.engine import Engine
+from simulator.node import SimulatedNode
+from simulator.record import Record
+
+_QUEUED_BATCHES = 64
+
+
+class _Served:
+    __slots__ = ("batcher", "estimates", "function", "node", "record", "wake_ns")
+
+    def __init__(self, function: Function, node: SimulatedNode) -> None:
+        self.function = function
+        self.node = node
+        self.record = Record(function.slo.latency_ns)
+        self.batcher = Batcher(function.max_batch, _QUEUED_BATCHES * function.max_batch)
+        self.estimates = Estimates()
+        self.wake_ns: int | None = None
+
+
+class _Run:
+    """A batch on its way through a node."""
+
+    __slots__ = ("arrived_ns", "served", "submitted_ns")
+
+    def __init__(self, served: _Served, arrived_ns: list[int], submitted_ns: int) -> None:
+        self.served = served
+        self.arrived_ns = arrived_ns
+        self.submitted_ns = submitted_ns
+
+
+class Fronts:
+    """All functions of a scenario, each on its node: the listener of those nodes. `around_ns`: HTTP, sockets and encoding of one request."""
+
+    def __init__(self, engine: Engine, functions: Sequence[Function], nodes: Sequence[SimulatedNode], around_ns: int = 0) -> None:
+        self._engine = engine
+        self._around_ns = around_ns
+        self._served = [_Served(function, node) for function, node in zip(functions, nodes, strict=True)]
+        self._runs: dict[int, _Run] = {}
+        self._arrived: dict[int, int] = {}
+        self._last = 0
+        for node in set(nodes):
+            node.listener = self
+
+    @property
+    def records(self) -> Mapping[str, Record]:
+        """What each function's requests met."""
+        return {served.function.key: served.record for served in self._served}
+
+    def arrive(self, number: int) -> None:
+        """A request of the function with this number: one row."""
+        served, now_ns = self._served[number], self._engine.now_ns
+        function, batcher = served.function, served.batcher
+        deadline_ns = now_ns + function.timeout_ns
+        if batcher.rows + 1 > batcher.max_rows:
+            served.record.reject("the predictor's queue is full")
+        elif served.estimates.retry_after_ms(now_ns, deadline_ns, 1, batcher.rows, batcher.max_batch):
+            served.record.reject("it would come too late")
+        else:
+            self._last += 1
+            self._arrived[self._last] = now_ns
+            hurry_ns = served.estimates.hurry_ns(now_ns, now_ns + function.slo.latency_ns, deadline_ns)
+            batcher.add(Waiting(self._last, 1, 0, hurry_ns))
+            self._dispatch(served)
+
+    def answered(self, answer: ev.Answer) -> None:
+        """Listener of the nodes."""
+        run, now_ns = self._runs.pop(answer.request), self._engine.now_ns
+        served, around_ns = run.served, self._around_ns
+        for arrived_ns in run.arrived_ns:
+            total_ns = now_ns - arrived_ns + around_ns
+            served.record.answer(total_ns, total_ns - answer.swap_ns - answer.run_ns, answer.swap_ns, answer.run_ns, cold=answer.cold)
+        served.estimates.observe(run.submitted_ns, now_ns, answer.swap_ns + answer.run_ns)
+        self._engine.at(now_ns, self._returned, run)
+
+    def rejected(self, reject: ev.Reject) -> None:
+        """Listener of the nodes."""
+        run = self._runs.pop(reject.request)
+        run.served.record.reject(reject.reason.value, len(run.arrived_ns))
+        self._engine.at(self._engine.now_ns, self._returned, run)
+
+    def _returned(self, run: _Run) -> None:
+        """The batch is back: what waited may go. Not within the node's own step, which still has commands to carry out."""
+        run.served.batcher.returned(len(run.arrived_ns))
+        self._dispatch(run.served)
+
+    def _dispatch(self, served: _Served) -> None:
+        now_ns = self._engine.now_ns
+        for ids in served.batcher.take(now_ns):
+            self._submit(served, [self._arrived.pop(id_) for id_ in ids])
+        wake_ns = served.batcher.wake_ns()
+        if wake_ns is not None and wake_ns != served.wake_ns:
+            self._engine.at(max(wake_ns, now_ns + MS), self._wake, served, wake_ns)
+        served.wake_ns = wake_ns
+
+    def _submit(self, served: _Served, arrived_ns: list[int]) -> None:
+        self._last += 1
+        function, rows = served.function, len(arrived_ns)
+        self._runs[self._last] = _Run(served, arrived_ns, self._engine.now_ns)
+        slo_ns, deadline_ns = arrived_ns[0] + function.slo.latency_ns, arrived_ns[-1] + function.timeout_ns
+        served.node.handle(ev.RequestArrived(self._last, function.key, rows, rows, slo_ns, deadline_ns))
+
+    def _wake(self, served: _Served, wake_ns: int) -> None:
+        if served.wake_ns == wake_ns:
+            served.wake_ns = None
+            self._dispatch(served)

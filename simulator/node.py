@@ -1,0 +1,212 @@
+"""One node of the simulated world: its lanes, copies and links, driven by the node agent's own `NodeState`.
+
+Owns what the hardware would do with each command, and how long that takes. Decides nothing: who runs where and when, what is evicted and who pays for
+what is decided by the code that runs in production.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import msgspec
+
+from contracts.units import MS, S
+from nodeagent import events as ev
+from nodeagent.settings import DeviceSpec, Settings
+from nodeagent.state import NodeState
+from nodeagent.tokens import NEVER_NS
+from simulator.engine import Engine
+
+_TICK = ev.Tick()
+_STOPPED = -1
+"""It was asked to pause."""
+
+
+class RunTimes(Protocol):
+    """How long batches run."""
+
+    def run_ns(self, function: str, rows: int, sm_percent: int) -> int:
+        """GPU time of one warm batch alone on a lane of so many SMs."""
+
+
+class Hardware(msgspec.Struct, frozen=True):
+    """What a node's parts take beside running. `segment_ns`: a best-effort batch reaches its next gate within this time.
+
+    `tail`: the part of a run that follows the arrival of the last weights, since layers run while later ones are copied. `neighbour_slowdown`: how
+    much longer a batch takes for each whole GPU's worth of SMs that others run on beside it.
+    """
+
+    lane_start_ns: int = 500 * MS
+    copy_start_ns: int = MS // 20
+    segment_ns: int = MS
+    tail: float = 0.1
+    neighbour_slowdown: float = 0.0
+
+
+class Listener(Protocol):
+    """Who waits for the outcomes of requests."""
+
+    def answered(self, answer: ev.Answer) -> None:
+        """A batch was run."""
+
+    def rejected(self, reject: ev.Reject) -> None:
+        """A batch was given up."""
+
+
+class _Batch:
+    """On a lane. It has `left_ns` to run since `since_ns`; `ends_ns` is when it will have, 0 while weights are missing, or _STOPPED."""
+
+    __slots__ = ("copy", "ends_ns", "left_ns", "request", "since_ns", "swap_ns", "tail_ns")
+
+    def __init__(self, request: int, run_ns: int, tail_ns: int, copy: int, now_ns: int) -> None:
+        self.request = request
+        self.left_ns = run_ns
+        self.tail_ns = tail_ns
+        self.copy = copy
+        self.since_ns = now_ns
+        self.ends_ns = 0
+        self.swap_ns = 0
+
+
+class SimulatedNode:
+    """Carries out the commands of one `NodeState` in virtual time. Set `listener` before the first request."""
+
+    def __init__(self, engine: Engine, devices: Sequence[DeviceSpec], times: RunTimes, hardware: Hardware, settings: Settings | None = None) -> None:
+        self.state = NodeState(devices, settings)
+        self.listener: Listener
+        self._engine = engine
+        self._times = times
+        self._hardware = hardware
+        self._bytes_per_s = {device.link or device.id: device.link_bytes_per_s for device in devices}
+        self._link_of = {device.id: device.link or device.id for device in devices}
+        self._link_free_ns = dict.fromkeys(self._bytes_per_s, 0)
+        self._batches: dict[int, _Batch] = {}
+        self._copies: dict[int, tuple[str, int]] = {}
+        self._granted: dict[int, int] = {}
+        self._tick_ns = NEVER_NS
+        self._carry: dict[type[ev.Command], Callable[..., None]] = {
+            ev.Run: self._run,
+            ev.Answer: lambda command: self.listener.answered(command),
+            ev.Copy: self._copy,
+            ev.CopyGrant: self._copy_grant,
+            ev.Reject: lambda command: self.listener.rejected(command),
+            ev.Preempt: self._preempt,
+            ev.Resume: self._resume,
+            ev.Evict: lambda command: None,
+            ev.StartLane: self._start_lane,
+            ev.StopLane: self._stop_lane,
+        }
+
+    def handle(self, event: ev.Event) -> None:
+        """Something happens to the node now."""
+        for command in self.state.handle(event, self._engine.now_ns):
+            self._carry[type(command)](command)
+        self._set_alarm()
+
+    def _set_alarm(self) -> None:
+        tick_ns = self.state.next_tick_ns()
+        if tick_ns is not None and tick_ns < self._tick_ns:
+            self._tick_ns = tick_ns
+            self._engine.at(tick_ns, self._tick, tick_ns)
+
+    def _tick(self, tick_ns: int) -> None:
+        """What it was set for may have passed meanwhile: then it is set anew."""
+        if tick_ns != self._tick_ns:
+            return
+        self._tick_ns = NEVER_NS
+        if (self.state.next_tick_ns() or NEVER_NS) <= tick_ns:
+            self.handle(_TICK)
+        else:
+            self._set_alarm()
+
+    # Lanes.
+
+    def _start_lane(self, command: ev.StartLane) -> None:
+        self._engine.at(self._engine.now_ns + self._hardware.lane_start_ns, self.handle, ev.LaneUp(command.lane))
+
+    def _stop_lane(self, command: ev.StopLane) -> None:
+        self._engine.at(self._engine.now_ns, self.handle, ev.LaneLost(command.lane))
+
+    # Batches.
+
+    def _run(self, command: ev.Run) -> None:
+        lane, now_ns = self.state.lanes[command.lane], self._engine.now_ns
+        assert lane.request is not None
+        run_ns = self._times.run_ns(command.function, lane.request.rows, lane.sm_percent)
+        beside = lane.device.running_sm - lane.sm_percent
+        run_ns = max(1, int(run_ns * (1 + self._hardware.neighbour_slowdown * beside / 100)))
+        copy = command.copy if command.copy in self._copies else 0
+        batch = self._batches[command.lane] = _Batch(command.request, run_ns, int(run_ns * self._hardware.tail), copy, now_ns)
+        if not copy:
+            self._end_at(command.lane, batch, now_ns + run_ns)
+
+    def _end_at(self, lane: int, batch: _Batch, ends_ns: int) -> None:
+        batch.ends_ns = ends_ns
+        self._engine.at(ends_ns, self._finish, lane, batch, ends_ns)
+
+    def _finish(self, lane: int, batch: _Batch, ends_ns: int) -> None:
+        if batch.ends_ns == ends_ns and self._batches.get(lane) is batch:
+            del self._batches[lane]
+            self.handle(ev.BatchFinished(lane, batch.request, batch.left_ns, batch.swap_ns))
+
+    def _preempt(self, command: ev.Preempt) -> None:
+        """It stands still at its next gate, unless it ends before. One that waits for weights is at a gate already."""
+        batch, now_ns = self._batches[command.lane], self._engine.now_ns
+        gate_ns = now_ns + (self._hardware.segment_ns if batch.ends_ns else 0)
+        if not batch.ends_ns or gate_ns < batch.ends_ns:
+            left_ns = min(batch.left_ns, batch.ends_ns - gate_ns) if batch.ends_ns else batch.left_ns
+            batch.ends_ns = _STOPPED
+            self._engine.at(gate_ns, self._pause, command.lane, batch, left_ns)
+
+    def _pause(self, lane: int, batch: _Batch, left_ns: int) -> None:
+        ran_ns, batch.left_ns = batch.left_ns - left_ns, left_ns
+        self.handle(ev.BatchPaused(lane, batch.request, ran_ns))
+
+    def _resume(self, command: ev.Resume) -> None:
+        batch, now_ns = self._batches[command.lane], self._engine.now_ns
+        batch.since_ns = now_ns
+        batch.ends_ns = 0
+        if not batch.copy:
+            self._end_at(command.lane, batch, now_ns + batch.left_ns)
+
+    # Copies.
+
+    def _copy(self, command: ev.Copy) -> None:
+        lane = self.state.lanes[command.lane]
+        total = self.state.functions[command.function].spec.weight_bytes
+        self._copies[command.copy] = (self._link_of[lane.device.spec.id], total)
+        self._granted[command.copy] = 0
+        self._move(command.copy, command.until_bytes, self._hardware.copy_start_ns)
+
+    def _copy_grant(self, command: ev.CopyGrant) -> None:
+        self._move(command.copy, command.until_bytes, 0)
+
+    def _move(self, copy: int, until_bytes: int, start_ns: int) -> None:
+        """The link takes chunks one after another."""
+        nbytes = until_bytes - self._granted[copy]
+        if nbytes <= 0:
+            return
+        link, _ = self._copies[copy]
+        self._granted[copy] = until_bytes
+        begin_ns = max(self._engine.now_ns + start_ns, self._link_free_ns[link])
+        self._link_free_ns[link] = begin_ns + nbytes * S // self._bytes_per_s[link]
+        self._engine.at(self._link_free_ns[link], self._moved, copy, until_bytes)
+
+    def _moved(self, copy: int, copied_bytes: int) -> None:
+        _, total = self._copies[copy]
+        if copied_bytes == total:
+            del self._copies[copy], self._granted[copy]
+            self._weights_are_there(copy)
+        self.handle(ev.CopyProgress(copy, copied_bytes))
+
+    def _weights_are_there(self, copy: int) -> None:
+        """Whoever ran behind this copy ends when it would have without waiting, or when what depends on the last weights has run."""
+        now_ns = self._engine.now_ns
+        for lane, batch in self._batches.items():
+            if batch.copy == copy:
+                batch.copy = 0
+                if batch.ends_ns == 0:
+                    ends_ns = max(batch.since_ns + batch.left_ns, now_ns + min(batch.tail_ns, batch.left_ns))
+                    batch.swap_ns = ends_ns - batch.since_ns - batch.left_ns
+                    self._end_at(lane, batch, ends_ns)

@@ -1,0 +1,96 @@
+"""What a simulation observed, in bounded memory: for each function how long its requests took and in which part, and what became of them.
+
+Latencies go into buckets that are 1 % wide (as HdrHistogram does), so a percentile is within 0.5 % of the exact one however long the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+
+from contracts.units import MS
+
+_WIDTH = math.log(1.01)
+PARTS = ("total", "queue", "swap", "run")
+
+
+class Histogram:
+    """Times in ns."""
+
+    __slots__ = ("_buckets", "count", "most_ns", "sum_ns")
+
+    def __init__(self) -> None:
+        self._buckets: Counter[int] = Counter()
+        self.count = self.sum_ns = self.most_ns = 0
+
+    def add(self, time_ns: int, times: int = 1) -> None:
+        """Counts a time, 0 included."""
+        self._buckets[int(math.log(time_ns) / _WIDTH) if time_ns > 0 else -1] += times
+        self.count += times
+        self.sum_ns += time_ns * times
+        self.most_ns = max(self.most_ns, time_ns)
+
+    def merge(self, other: Histogram) -> None:
+        """Takes over all that another has counted."""
+        self._buckets.update(other._buckets)
+        self.count += other.count
+        self.sum_ns += other.sum_ns
+        self.most_ns = max(self.most_ns, other.most_ns)
+
+    def percentile_ms(self, percent: float) -> float:
+        """The time within which so many percent lie (nearest rank); nan when nothing was counted."""
+        rank, seen = math.ceil(self.count * percent / 100), 0
+        for bucket in sorted(self._buckets):
+            seen += self._buckets[bucket]
+            if seen >= rank:
+                return 0.0 if bucket < 0 else min(self.most_ns, math.exp((bucket + 0.5) * _WIDTH)) / MS
+        return math.nan
+
+    @property
+    def mean_ms(self) -> float:
+        """Exact; nan when nothing was counted."""
+        return self.sum_ns / self.count / MS if self.count else math.nan
+
+
+class Record:
+    """One function. `late` requests were answered after the objective; a request that got no answer is late too."""
+
+    __slots__ = ("answered", "cold", "late", "objective_ns", "parts", "rejected")
+
+    def __init__(self, objective_ns: int) -> None:
+        self.objective_ns = objective_ns
+        self.parts = {part: Histogram() for part in PARTS}
+        self.answered = self.cold = self.late = 0
+        self.rejected: Counter[str] = Counter()
+
+    def answer(self, total_ns: int, queue_ns: int, swap_ns: int, run_ns: int, *, cold: bool) -> None:
+        """One request was answered."""
+        self.answered += 1
+        self.cold += cold
+        self.late += total_ns > self.objective_ns
+        for part, time_ns in zip(PARTS, (total_ns, queue_ns, swap_ns, run_ns), strict=True):
+            self.parts[part].add(time_ns)
+
+    def reject(self, reason: str, requests: int = 1) -> None:
+        """Requests got no answer."""
+        self.rejected[reason] += requests
+        self.late += requests
+
+    @property
+    def requests(self) -> int:
+        """All that came."""
+        return self.answered + self.rejected.total()
+
+    def within_slo(self, percentile: float) -> bool:
+        """Whether so many percent of the requests were answered in time; a function without requests misses nothing."""
+        return self.late <= self.requests * (100 - percentile) / 100
+
+
+def together(records: Iterable[Record]) -> dict[str, Histogram]:
+    """All functions' times as one histogram for each part."""
+    merged = {part: Histogram() for part in PARTS}
+    for record in records:
+        for part, histogram in record.parts.items():
+            merged[part].merge(histogram)
+    return merged
