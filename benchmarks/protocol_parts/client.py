@@ -7,6 +7,7 @@ answer is compared with what was sent.
 from __future__ import annotations
 
 import asyncio
+import functools
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -18,11 +19,11 @@ import msgspec
 import numpy as np
 import uvloop
 
-from benchmarks.protocol_parts import messages
+from benchmarks.protocol_parts import messages, rpc
 from benchmarks.protocol_parts.messages import IDENTITY, Values
 
 _WARM_UP = 3
-_SEED = 3
+SEED = 3
 _MESSAGE_BYTES = 64 << 20
 
 Ask = Callable[[], Awaitable[None]]
@@ -54,7 +55,7 @@ class Connection(asyncio.Protocol):
         """The transport's callback."""
         self._transport = cast(asyncio.Transport, transport)
         self._parser = httptools.HttpResponseParser(self)
-        self._answer: asyncio.Future[None] | None = None
+        self._answer: asyncio.Future[int] | None = None
 
     def data_received(self, data: bytes) -> None:
         """The transport's callback."""
@@ -71,24 +72,24 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         """The parser's callback."""
         assert self._answer is not None, "an answer without a request"
-        status = self._parser.get_status_code()
-        if status == 200:
-            self._answer.set_result(None)
-        else:
-            self._answer.set_exception(ConnectionError(f"{status}: {self.body[:500]!r}"))
+        self._answer.set_result(self._parser.get_status_code())
 
     def connection_lost(self, error: Exception | None) -> None:
         """The transport's callback."""
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(error or ConnectionError("the server closed the connection"))
 
-    async def ask(self, request: bytes) -> None:
-        """Returns when the whole answer is there; ConnectionError when it is not a 200 or never comes."""
+    async def ask(self, request: bytes) -> int:
+        """The status, when the whole answer is there; ConnectionError when it never comes."""
         self.headers: dict[str, str] = {}
         self._chunks: list[bytes] = []
         self._answer = asyncio.get_running_loop().create_future()
         self._transport.write(request)
-        await self._answer
+        return await self._answer
+
+    def values(self, kind: str) -> Values:
+        """What the last answer holds."""
+        return messages.http_answer(kind, self.headers, self.body)
 
     @property
     def body(self) -> bytes:
@@ -104,25 +105,27 @@ async def _http(leg: Leg, values: Values) -> tuple[list[Ask], Callable[[], None]
     request = messages.http_request(leg.kind, IDENTITY, values)
     loop = asyncio.get_running_loop()
     connections = [(await loop.create_connection(Connection, "127.0.0.1", leg.port))[1] for _ in range(leg.concurrency)]
-    for connection in connections[:1]:
-        await connection.ask(request)
-        body = connection.body
-        right = request.endswith(body) if leg.echo else np.array_equal(messages.http_answer(leg.kind, connection.headers, body), values)
-        assert right, f"port {leg.port} answers {leg.kind} wrongly: {body[:300]!r}"
+    status, first = await connections[0].ask(request), connections[0]
+    right = status == 200 and (request.endswith(first.body) if leg.echo else np.array_equal(first.values(leg.kind), values))
+    assert right, f"port {leg.port} answers {leg.kind} wrongly: {status} {first.body[:300]!r}"
 
     def close() -> None:
         for connection in connections:
             connection.close()
 
-    return [lambda connection=connection: connection.ask(request) for connection in connections], close  # type: ignore[misc]
+    async def ask(connection: Connection) -> None:
+        status = await connection.ask(request)
+        assert status == 200, f"port {leg.port} answers {leg.kind} with {status}: {connection.body[:300]!r}"
+
+    return [functools.partial(ask, connection) for connection in connections], close
 
 
 async def _grpc(leg: Leg, values: Values) -> tuple[list[Ask], Callable[[], Awaitable[None]]]:
-    request = messages.grpc_request(IDENTITY, values)
+    request = rpc.request(IDENTITY, values)
     options = [(f"grpc.max_{way}_message_length", _MESSAGE_BYTES) for way in ("send", "receive")]
     channel = grpc.aio.insecure_channel(f"127.0.0.1:{leg.port}", options)
-    call = channel.unary_unary(messages.GRPC_METHOD)
-    assert np.array_equal(messages.grpc_answer(await call(request)), values), f"port {leg.port} answers gRPC wrongly"
+    call = channel.unary_unary(rpc.INFER)
+    assert np.array_equal(rpc.answer(await call(request)), values), f"port {leg.port} answers gRPC wrongly"
 
     async def ask() -> None:
         await call(request)
@@ -132,7 +135,7 @@ async def _grpc(leg: Leg, values: Values) -> tuple[list[Ask], Callable[[], Await
 
 async def measure(leg: Leg) -> Timing:
     """Connects, checks one answer, warms up, measures, closes."""
-    values = np.random.default_rng(_SEED).standard_normal((1, leg.values), dtype=np.float32)
+    values = np.random.default_rng(SEED).standard_normal((1, leg.values), dtype=np.float32)
     asks, close = await (_grpc if leg.kind == "grpc" else _http)(leg, values)
     latencies_ns: list[int] = []
 

@@ -1,7 +1,4 @@
-"""Requests as the bytes that go over the wire, one maker for each protocol, and what an answer's bytes hold.
-
-Imports neither torch nor a server.
-"""
+"""HTTP requests as the bytes that go over the wire, one maker for each protocol, and what an answer's bytes hold."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import orjson
-from kserve.protocol.grpc.grpc_predict_v2_pb2 import ModelInferRequest, ModelInferResponse
 from numpy.typing import NDArray
 
 Values = NDArray[np.float32]
@@ -17,8 +13,7 @@ IDENTITY = "identity"
 INPUT, OUTPUT = "x", "y"
 HTTP = ("v1", "v2", "binary")
 KINDS = (*HTTP, "grpc")
-GRPC_METHOD = "/inference.GRPCInferenceService/ModelInfer"
-_ID = "1"  # KServe's server fails without one
+ID = "1"  # KServe's server fails without one
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
 
@@ -28,12 +23,12 @@ def _v1(_name: str, values: Values) -> tuple[bytes, dict[str, str]]:
 
 def _v2(_name: str, values: Values) -> tuple[bytes, dict[str, str]]:
     tensor = {"name": INPUT, "shape": values.shape, "datatype": "FP32", "data": values.ravel()}
-    return orjson.dumps({"id": _ID, "inputs": [tensor]}, option=orjson.OPT_SERIALIZE_NUMPY), {}
+    return orjson.dumps({"id": ID, "inputs": [tensor]}, option=orjson.OPT_SERIALIZE_NUMPY), {}
 
 
 def _binary(_name: str, values: Values) -> tuple[bytes, dict[str, str]]:
     tensor = {"name": INPUT, "shape": values.shape, "datatype": "FP32", "parameters": {"binary_data_size": values.nbytes}}
-    header = orjson.dumps({"id": _ID, "inputs": [tensor], "parameters": {"binary_data_output": True}})
+    header = orjson.dumps({"id": ID, "inputs": [tensor], "parameters": {"binary_data_output": True}})
     return header + values.tobytes(), {HEADER_LENGTH: str(len(header)), "Content-Type": "application/octet-stream"}
 
 
@@ -58,17 +53,6 @@ def http_request(kind: str, name: str, values: Values) -> bytes:
     return f"POST {path(kind, name)} HTTP/1.1\r\nHost: localhost\r\n{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-def grpc_request(name: str, values: Values, *, typed: bool = False) -> bytes:
-    """A ModelInferRequest, its tensor in raw_input_contents or, `typed`, in fp32_contents."""
-    request = ModelInferRequest(model_name=name, id=_ID)
-    tensor = request.inputs.add(name=INPUT, datatype="FP32", shape=values.shape)
-    if typed:
-        tensor.contents.fp32_contents.extend(values.ravel().tolist())
-    else:
-        request.raw_input_contents.append(values.tobytes())
-    return bytes(request.SerializeToString())
-
-
 def http_answer(kind: str, headers: Mapping[str, str], body: bytes) -> Values:
     """The one output of a successful answer; `headers` in lower case. ValueError, KeyError or IndexError when there is none."""
     if kind == "v1":
@@ -77,9 +61,3 @@ def http_answer(kind: str, headers: Mapping[str, str], body: bytes) -> Values:
     output = orjson.loads(body[:length])["outputs"][0]
     data = np.frombuffer(body[length:], np.float32) if "data" not in output else np.array(output["data"], np.float32)
     return data.reshape(output["shape"])
-
-
-def grpc_answer(message: bytes) -> Values:
-    """The one output of a ModelInferResponse."""
-    response = ModelInferResponse.FromString(message)
-    return np.frombuffer(response.raw_output_contents[0], np.float32).reshape(response.outputs[0].shape)

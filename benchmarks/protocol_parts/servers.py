@@ -1,4 +1,4 @@
-"""The servers of the protocol benchmark as processes: ours as `sluice up` starts it, KServe's own, an echo, and the client that loads them.
+"""The servers of the protocol benchmark as processes: ours as `sluice up` starts it, KServe's own, and an echo.
 
 Owns the processes and ends them however the benchmark ends. Measures nothing.
 """
@@ -20,10 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import psutil
 
-from benchmarks.protocol_parts.client import Leg, Timing
 from sluice.ports import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +57,7 @@ def ours(documents: str, *options: str) -> Iterator[tuple[Server, Path]]:
         (folder / "functions.yaml").write_text(documents)
         grpc_port = free_port(HOST)
         options = ("--port", "0", "--grpc-port", str(grpc_port), "--run-dir", str(folder / "run"), "--json", *options)
-        with _running("sluice", "up", str(folder / "functions.yaml"), *options, log=log.fileno()) as process:
+        with running("sluice", "up", str(folder / "functions.yaml"), *options, log=log.fileno()) as process:
             ready, _, _ = select.select([process.stdout], [], [], _START_S)
             line = process.stdout.readline() if ready else b""
             if not line or json.loads(line)["failed"]:
@@ -72,7 +70,7 @@ def ours(documents: str, *options: str) -> Iterator[tuple[Server, Path]]:
 def stock() -> Iterator[Server]:
     """KServe's own server."""
     http_port, grpc_port = free_port(HOST), free_port(HOST)
-    with _running("benchmarks.protocol_parts.stock", str(http_port), str(grpc_port)) as process:
+    with running("benchmarks.protocol_parts.stock", str(http_port), str(grpc_port)) as process:
         server = Server(process, http_port, grpc_port)
         _await_http(server)
         yield server
@@ -82,37 +80,15 @@ def stock() -> Iterator[Server]:
 def echo() -> Iterator[Server]:
     """A bare Starlette echo."""
     port = free_port(HOST)
-    with _running("benchmarks.protocol_parts.echo", str(port)) as process:
+    with running("benchmarks.protocol_parts.echo", str(port)) as process:
         server = Server(process, port)
         _await_http(server)
         yield server
 
 
-class Client:
-    """The process that loads the servers."""
-
-    def __init__(self, process: psutil.Popen) -> None:
-        self._process = process
-
-    def measure(self, leg: Leg) -> Timing:
-        """One leg; RuntimeError when the client failed."""
-        self._process.stdin.write(msgspec.json.encode(leg) + b"\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the client failed at {leg}")
-        return msgspec.json.decode(line, type=Timing)
-
-
 @contextlib.contextmanager
-def client() -> Iterator[Client]:
-    """The client, started."""
-    with _running("benchmarks.protocol_parts.client") as process:
-        yield Client(process)
-
-
-@contextlib.contextmanager
-def _running(module: str, *arguments: str, log: int | None = None) -> Iterator[psutil.Popen]:
+def running(module: str, *arguments: str, log: int | None = None) -> Iterator[psutil.Popen]:
+    """`python -m module`, its standard input and output piped; ended with the block."""
     pipe = subprocess.PIPE
     process = psutil.Popen([sys.executable, "-m", module, *arguments], cwd=ROOT, stdin=pipe, stdout=pipe, stderr=log, env=_environment())
     try:

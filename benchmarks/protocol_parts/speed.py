@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+import psutil
+
 from benchmarks.protocol_parts import models, servers
-from benchmarks.protocol_parts.client import Leg
+from benchmarks.protocol_parts.client import Leg, Timing
 from benchmarks.protocol_parts.messages import IDENTITY, KINDS
 from contracts.units import MS
 
 SMALL, LARGE = 4, 150_528
 """Values of a request: 16 bytes, and a picture of 3 x 224 x 224 (602 KB)."""
 CROWD = 16
+
+
+class Client:
+    """The process that loads the servers."""
+
+    def __init__(self, process: psutil.Popen) -> None:
+        self._process = process
+
+    def measure(self, leg: Leg) -> Timing:
+        """One leg; RuntimeError when the client failed."""
+        self._process.stdin.write(msgspec.json.encode(leg) + b"\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the client failed at {leg}")
+        return msgspec.json.decode(line, type=Timing)
+
+
+@contextlib.contextmanager
+def client() -> Iterator[Client]:
+    """The client, started."""
+    with servers.running("benchmarks.protocol_parts.client") as process:
+        yield Client(process)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +84,14 @@ def measure(rounds: int, seconds: float, least: int) -> Found:
         program = Path(folder, "identity.pt2")
         models.export_identity(program)
         document = models.document(IDENTITY, program, quota_percent=90)
-        with servers.stock() as stock, servers.echo() as echo, servers.ours(document) as (ours, _), servers.client() as client:
+        with servers.stock() as stock, servers.echo() as echo, servers.ours(document) as (ours, _), client() as load:
             beside = {"stock": stock, "ours": ours, "echo": echo}
             for number in range(rounds):
                 for case in CASES:
                     names = [name for name in beside if name != "echo" or case.kind == "binary"]
                     for name in names if number % 2 else reversed(names):
                         leg = Leg(beside[name].port(case.kind), case.kind, case.values, case.concurrency, seconds, least, echo=name == "echo")
-                        timing = client.measure(leg)
+                        timing = load.measure(leg)
                         seen = found.setdefault((case, name), Seen())
                         seen.p50_ms.append(statistics.median(timing.latencies_ns) / MS)
                         seen.per_s.append(timing.per_s)
