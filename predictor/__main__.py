@@ -7,6 +7,8 @@ import logging
 import sys
 
 from contracts.units import MIB, parse_bytes
+from predictor.protocols.limits import Limits
+from predictor.server import Settings, serve
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,11 +21,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--segment-bytes", type=parse_bytes, default=256 * MIB, metavar="BYTES", help="shared memory for tensors (default: 256Mi)")
     parser.add_argument("--max-body-bytes", type=parse_bytes, default=64 * MIB, metavar="BYTES", help="the largest request body (default: 64Mi)")
     parser.add_argument("--linger-ms", type=int, default=0, metavar="MS", help="serve this long after readiness turned false at SIGTERM (default: 0)")
+    parser.add_argument(
+        "--max-connections", type=int, default=1024, metavar="N", help="HTTP connections, and gRPC calls, at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--patience-s", type=float, default=20, metavar="S", help="how long a client may stand still while it sends or reads (default: %(default)s)"
+    )
+    parser.add_argument("--keep-alive-s", type=float, default=75, metavar="S", help="how long a connection may be idle (default: %(default)s)")
     options = parser.parse_args(argv)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    sys.argv = sys.argv[:1]  # KServe parses the command line again, at import
-    from predictor.server import Settings, serve
-
     return serve(
         Settings(
             agent_path=options.agent,
@@ -33,6 +39,12 @@ def main(argv: list[str] | None = None) -> int:
             segment_bytes=options.segment_bytes,
             max_body_bytes=options.max_body_bytes,
             linger_ms=options.linger_ms,
+            limits=Limits(
+                max_connections=options.max_connections,
+                patience_s=options.patience_s,
+                keep_alive_s=options.keep_alive_s,
+                unfinished_bytes=4 * options.max_body_bytes,
+            ),
         )
     )
 

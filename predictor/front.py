@@ -8,21 +8,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from contracts.artifact import Signature
-from contracts.errors import InvalidValue, SluiceError
+from contracts.errors import InvalidValue, NotFound, SluiceError
 from contracts.units import MS, ms
 from predictor.dispatch import Dispatcher, Outcome, Ticket
-from predictor.tensors import Array
+from predictor.tensors import Array, Given, bind
 
 T = TypeVar("T")
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Encode = Callable[[Mapping[str, Array], Outcome], T]
 
+VERSION = "1"
 _WATCH_AFTER_S = 0.05
 """Who is not answered by then is watched: should the client hang up, its request is cancelled."""
+
+
+class Decoded(NamedTuple, Generic[T]):
+    """A request as its protocol decodes it: its inputs, and what makes an answer of the outputs: it reads them where they lie."""
+
+    given: Sequence[Given]
+    encode: Encode[T]
 
 
 class ClientGone(Exception):
@@ -37,18 +45,21 @@ class Front:
         self.draining = False
 
     async def infer(
-        self, name: str, decode: Callable[[Signature], tuple[Mapping[str, Array], Encode[T]]], timeout_ns: int | None, receive: Receive | None = None
+        self,
+        name: str,
+        decode: Callable[[Signature], Decoded[T]],
+        timeout_ns: int | None,
+        receive: Receive | None = None,
+        version: str = "",
     ) -> T:
-        """The encoded answer of the model `name`; any SluiceError, or ClientGone where `receive` (ASGI) says so.
-
-        `decode` gives the inputs, and the function that encodes the outputs: it reads them in shared memory, before that is freed.
-        """
+        """The encoded answer of the model `name`; any SluiceError, or ClientGone where `receive` (ASGI) says so."""
         served = self.dispatcher.find(name)
+        check_version(name, version)
         start_ns = time.monotonic_ns()
         try:
             signature = self.dispatcher.signature(served)
-            inputs, encode = decode(signature)
-            ticket = self.dispatcher.submit(served, signature, inputs, timeout_ns)
+            given, encode = decode(signature)
+            ticket = self.dispatcher.submit(served, signature, bind(given, signature), timeout_ns)
             try:
                 with _watched(receive, ticket):
                     outcome = await ticket.future
@@ -87,6 +98,12 @@ def _watched(receive: Receive | None, ticket: Ticket) -> Iterator[None]:
         timer.cancel()
         for task in tasks:
             task.cancel()
+
+
+def check_version(name: str, version: str) -> None:
+    """A model has one version, "1", which need not be named; NotFound for any other."""
+    if version not in ("", VERSION):
+        raise NotFound(f"there is no version {version!r} of the model {name!r}, only {VERSION!r}")
 
 
 def parameters(outcome: Outcome) -> dict[str, Any]:

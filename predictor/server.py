@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import functools
 import logging
+import math
 import signal
 import socket
-import warnings
+import struct
 from collections.abc import Iterator
 
 import grpc  # type: ignore[import-untyped]
@@ -20,12 +23,14 @@ import uvloop
 
 from predictor.dispatch import Dispatcher
 from predictor.front import Front
-from predictor.http_head import BoundedHttp
 from predictor.metrics import Metrics
-from predictor.protocols import rest, rpc
+from predictor.protocols import management, rpc
 from predictor.protocols.http import Http
+from predictor.protocols.limits import BoundedHttp, Intake, Limits, watch
 
 _GRACE_S = 30
+_HANDSHAKE_S = 0.1
+_SO_ATTACH_FILTER = 26
 log = logging.getLogger("sluice.predictor")
 
 
@@ -39,6 +44,7 @@ class Settings(msgspec.Struct, frozen=True):
     segment_bytes: int = 256 << 20
     max_body_bytes: int = 64 << 20
     linger_ms: int = 0
+    limits: Limits = Limits()
 
 
 class _Server(uvicorn.Server):
@@ -52,8 +58,6 @@ class _Server(uvicorn.Server):
 def serve(settings: Settings) -> int:
     """Serves until SIGTERM or SIGINT; 0 after a clean drain."""
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    logging.getLogger("kserve").setLevel(logging.CRITICAL)  # it logs a traceback for every 404
-    warnings.filterwarnings("ignore", module="fastapi.routing")  # about KServe's own use of FastAPI
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
             return runner.run(_run(settings))
@@ -69,35 +73,57 @@ async def _run(settings: Settings) -> int:
         loop.add_signal_handler(number, stop.set)
     dispatcher = Dispatcher(settings.agent_path, settings.segment_bytes, Metrics())
     front = Front(dispatcher)
-    application, data_plane = rest.application(front)
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.create_server((settings.host, settings.http_port), family=family, backlog=2048)
-    server = _Server(
-        uvicorn.Config(
-            Http(front, application, settings.max_body_bytes),
-            http=BoundedHttp,
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            lifespan="off",
-            timeout_graceful_shutdown=_GRACE_S,
-        )
-    )
+    intake = Intake(settings.limits.fitting())
+    server = _http_server(settings, intake, Http(front, management.application(front), settings.max_body_bytes))
     serving = loop.create_task(server.serve([listener]))
-    grpc_server = None if settings.grpc_port is None else await _start_grpc(settings, rpc.server(front, data_plane, settings.max_body_bytes))
+    grpc_server = None if settings.grpc_port is None else await _start_grpc(settings, rpc.server(front, intake.limits, settings.max_body_bytes))
     dispatcher.client.start()
     log.info("serving on http://%s:%d", _authority(settings.host), listener.getsockname()[1])
+    watching = loop.create_task(watch(intake, server.server_state.connections))
     stopping = loop.create_task(stop.wait())
     await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
     front.draining = True
+    intake.close_connections(server.server_state.connections)
     await asyncio.sleep(settings.linger_ms / 1000)
     log.info("stopping: no new connections, finishing what is in flight")
+    await _close_door(listener)
     server.should_exit = True
     if grpc_server is not None:
         await grpc_server.stop(_GRACE_S)
     await serving
+    watching.cancel()
     dispatcher.client.close()
     return 0 if stop.is_set() else 1
+
+
+def _http_server(settings: Settings, intake: Intake, application: Http) -> _Server:
+    config = uvicorn.Config(
+        application,
+        http=functools.partial(BoundedHttp, intake),  # type: ignore[arg-type]  # called, never subclassed
+        ws="none",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        lifespan="off",
+        timeout_keep_alive=math.ceil(settings.limits.keep_alive_s),
+        timeout_graceful_shutdown=_GRACE_S,
+    )
+    return _Server(config)
+
+
+async def _close_door(listener: socket.socket) -> None:
+    """From now on connections are refused, and none is lost that the kernel has accepted for us but we have not.
+
+    Closing a listening socket resets those. So first the kernel is told to drop what would begin another (a TCP segment with SYN), which the other
+    end sends again, and time is given for the rest to arrive.
+    """
+    drop_syn = ((0x30, 0, 0, 13), (0x45, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
+    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in drop_syn))
+    with contextlib.suppress(OSError):  # not every kernel has socket filters
+        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HL", len(drop_syn), ctypes.addressof(program)))
+        await asyncio.sleep(_HANDSHAKE_S)
 
 
 async def _start_grpc(settings: Settings, server: grpc.aio.Server) -> grpc.aio.Server:

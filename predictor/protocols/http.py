@@ -1,4 +1,4 @@
-"""Inference over HTTP: the two routes that carry load (`:predict` and `/infer` with JSON), answered straight from the body's bytes.
+"""Inference over HTTP: the routes that carry load, `:predict` and `/infer`, answered straight from the body's bytes.
 
 Owns reading a body within its limit, and the answer's head. All other paths go to the application behind it.
 """
@@ -10,22 +10,29 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from contracts.artifact import Signature
-from contracts.errors import SluiceError
+from contracts.errors import InvalidValue, SluiceError
 from predictor import tensors
 from predictor.dispatch import Outcome
-from predictor.front import ClientGone, Encode, Front, Receive, parameters, server_timing, timeout_ns
+from predictor.front import ClientGone, Decoded, Front, Receive, parameters, server_timing, timeout_ns
+from predictor.protocols import cloudevents, v1, v2
 from predictor.protocols.codes import BodyTooLarge, codes
 from predictor.tensors import Array
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+Headers = Mapping[bytes, bytes]
+Answer = tuple[bytes, dict[str, str]]
+"""A body, and the headers that go with it."""
+Decode = Callable[[str, bytes, Headers, Signature], Decoded[Answer]]
 
+_JSON = {"content-type": "application/json"}
+_HEADER_LENGTH = "inference-header-content-length"
 log = logging.getLogger("sluice.predictor")
 
 
 class Http:
-    """The ASGI application: inference with JSON bodies by itself, all else by `behind`."""
+    """The ASGI application: inference by itself, all else by `behind`."""
 
     def __init__(self, front: Front, behind: Application, max_body_bytes: int) -> None:
         self._front = front
@@ -37,31 +44,30 @@ class Http:
         path = scope.get("path", "")
         if scope["type"] == "http" and scope["method"] == "POST":
             if path.startswith("/v1/models/") and path.endswith(":predict"):
-                await self._serve(path[11:-8], _v1, scope, receive, send)
+                await self._serve(path[11:-8], "", _v1, scope, receive, send)
                 return
-            if path.startswith("/v2/models/") and path.endswith("/infer") and path.count("/") == 4:
-                await self._serve(path[11:-6], _v2, scope, receive, send)
-                return
+            if path.startswith("/v2/models/") and path.endswith("/infer"):
+                name, slash, version = path[11:-6].partition("/versions/")
+                if "/" not in name and "/" not in version and (version or not slash):
+                    await self._serve(name, version, _v2, scope, receive, send)
+                    return
         await self._behind(scope, receive, send)
 
-    async def _serve(self, name: str, protocol: Callable[..., Any], scope: Scope, receive: Receive, send: Send) -> None:
+    async def _serve(self, name: str, version: str, decode: Decode, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
-        if b"inference-header-content-length" in headers or b"ce-specversion" in headers or b"cloudevents" in headers.get(b"content-type", b""):
-            await self._behind(scope, receive, send)
-            return
         try:
             body = await self._body(receive)
             timeout = timeout_ns(headers.get(b"sluice-timeout-ms"))
-            payload, more = await self._front.infer(name, lambda signature: protocol(name, body, signature), timeout, receive)
-            await _respond(send, 200, payload, more)
+            answer, more = await self._front.infer(name, lambda signature: decode(name, body, headers, signature), timeout, receive, version)
+            await _respond(send, 200, answer, more)
         except SluiceError as error:
             code, _, more = codes(error)
-            await _respond(send, code, tensors.dump({"error": error.message}), more)
+            await _respond(send, code, tensors.dump({"error": error.message}), {**_JSON, **more})
         except ClientGone:
             pass
         except Exception as error:
             log.exception("a request for %s could not be handled", name)
-            await _respond(send, 500, tensors.dump({"error": f"{type(error).__name__}: {error}"}), {})
+            await _respond(send, 500, tensors.dump({"error": f"{type(error).__name__}: {error}"}), _JSON)
 
     async def _body(self, receive: Receive) -> bytes:
         chunks, size, more = [], 0, True
@@ -78,29 +84,43 @@ class Http:
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-Answered = tuple[bytes, Mapping[str, str]]
-
-
-def _v1(_name: str, body: bytes, signature: Signature) -> tuple[Mapping[str, Array], Encode[Answered]]:
+def _v1(name: str, body: bytes, headers: Headers, signature: Signature) -> Decoded[Answer]:
     """V1. Its answers have no place for the timing, so that goes into a Server-Timing header."""
+    event = cloudevents.decode(body, headers)
+    document = tensors.parse(body) if event is None else event.document
 
-    def encode(outputs: Mapping[str, Array], outcome: Outcome) -> Answered:
-        return tensors.dump(tensors.encode_v1(outputs, signature)), {"server-timing": server_timing(outcome)}
+    def encode(outputs: Mapping[str, Array], outcome: Outcome) -> Answer:
+        answer = tensors.dump(v1.encode(outputs, signature))
+        answer, more = (answer, _JSON) if event is None else event.answer(name, answer)
+        return answer, {**more, "server-timing": server_timing(outcome)}
 
-    return tensors.decode_v1(tensors.parse(body), signature), encode
+    return Decoded(v1.decode(document, signature), encode)
 
 
-def _v2(name: str, body: bytes, signature: Signature) -> tuple[Mapping[str, Array], Encode[Answered]]:
-    asked = tensors.decode_v2(tensors.parse(body), signature)
+def _v2(name: str, body: bytes, headers: Headers, signature: Signature) -> Decoded[Answer]:
+    asked = v2.decode(body, _json_bytes(headers), signature)
 
-    def encode(outputs: Mapping[str, Array], outcome: Outcome) -> Answered:
-        return tensors.dump(tensors.encode_v2(name, asked.id, outputs, signature, asked.outputs, parameters(outcome))), {}
+    def encode(outputs: Mapping[str, Array], outcome: Outcome) -> Answer:
+        answer, json_bytes = v2.encode(name, asked, outputs, signature, parameters(outcome))
+        if json_bytes is None:
+            return answer, _JSON
+        return answer, {"content-type": "application/octet-stream", _HEADER_LENGTH: str(json_bytes)}
 
-    return asked.inputs, encode
+    return Decoded(asked.given, encode)
+
+
+def _json_bytes(headers: Headers) -> int | None:
+    """The Inference-Header-Content-Length, None without one."""
+    value = headers.get(_HEADER_LENGTH.encode())
+    if value is None:
+        return None
+    if not value.isdigit() or len(value) > 18:
+        raise InvalidValue("must be a number of bytes", key="Inference-Header-Content-Length", value=value.decode("latin-1"))
+    return int(value)
 
 
 async def _respond(send: Send, code: int, payload: bytes, headers: Mapping[str, str]) -> None:
-    lines = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(payload))]
+    lines = [(b"content-length", b"%d" % len(payload))]
     lines += [(name.encode(), value.encode()) for name, value in headers.items()]
     if code == 413:
         lines.append((b"connection", b"close"))

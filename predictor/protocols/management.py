@@ -1,7 +1,7 @@
 """Everything that is asked of the server beside inference: the routes and the RPCs of `metadata`, `repository` and `statistics`.
 
 Owns how a view is reached and written, over HTTP and gRPC alike; the views are dictionaries, which JSON and protobuf are written from. Messages are
-Triton's (`management.proto`), of which KServe's are a part, so that clients of both find their methods.
+Triton's (`management.proto`), of which KServe's are a part, so that clients of both find their methods. Inference is not here.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from typing import Any
 
 import grpc  # type: ignore[import-untyped]
 import yaml
-from fastapi import FastAPI
 from google.protobuf import json_format
+from prometheus_client import REGISTRY, exposition
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from contracts.errors import InvalidValue, SluiceError
 from contracts.units import S
@@ -65,22 +67,21 @@ _NOT_OFFERED = (
 """What Triton's and KServe's clients can ask for and this server does not do. Over gRPC an unknown method says so by itself."""
 
 
-def add_routes(app: FastAPI, front: Front) -> None:
+def application(front: Front) -> Starlette:
     """The HTTP routes, and the description of all of this server's at /openapi.json."""
+    described = tensors.dump(_description(front))
+    routes = [Route(path, _get(front, view)) for path, view in _GET.items()]
+    for path, action in _POST.items():
+        routes.append(Route(path, _post(front, action), methods=["POST"]))
+    routes += [Route(path, _not_offered, methods=["GET", "POST"]) for path in _NOT_OFFERED]
+    routes += [Route("/metrics", _metrics), Route("/openapi.json", lambda _: Response(described, media_type="application/json"))]
+    return Starlette(routes=routes, exception_handlers={SluiceError: _on_sluice_error, HTTPException: _on_http_exception, Exception: _on_exception})
+
+
+def _description(front: Front) -> Any:
     document = yaml.safe_load((Path(__file__).parent / "openapi.yaml").read_text())
     document["info"]["version"] = metadata.server(front)["version"]
-    app.openapi = lambda: document  # type: ignore[method-assign]
-    for path, view in _GET.items():
-        app.add_route(path, _get(front, view), methods=["GET"])
-    for path, action in {
-        "/v2/repository/index": _index,
-        "/v2/repository/models/{name}/load": _load,
-        "/v2/repository/models/{name}/unload": _unload,
-    }.items():
-        app.add_route(path, _post(front, action), methods=["POST"])
-    for path in _NOT_OFFERED:
-        app.add_route(path, _not_offered, methods=["GET", "POST"])
-    app.add_exception_handler(HTTPException, _on_http_exception)
+    return document
 
 
 def _get(front: Front, view: Callable[..., object]) -> Callable[[Request], Awaitable[Response]]:
@@ -97,6 +98,11 @@ def _post(front: Front, action: Callable[..., Awaitable[object]]) -> Callable[[R
     return answer
 
 
+async def _metrics(request: Request) -> Response:
+    encode, content_type = exposition.choose_encoder(request.headers.get("accept", ""))
+    return Response(encode(REGISTRY), headers={"content-type": content_type})
+
+
 async def _index(front: Front, document: Mapping[str, Any], _request: Request) -> object:
     ready = document.get("ready", False)
     if not isinstance(ready, bool):
@@ -110,6 +116,14 @@ async def _load(front: Front, document: Mapping[str, Any], request: Request) -> 
 
 async def _unload(front: Front, document: Mapping[str, Any], request: Request) -> object:
     return repository.unload(front, request.path_params["name"], _parameters(document))
+
+
+_POST: Mapping[str, Callable[..., Awaitable[object]]] = {
+    "/v2/repository/index": _index,
+    "/v2/repository/models/{name}/load": _load,
+    "/v2/repository/models/{name}/unload": _unload,
+}
+"""Path -> action(front, the body's object, request)."""
 
 
 async def _document(request: Request) -> Mapping[str, Any]:
@@ -132,19 +146,27 @@ def _parameters(document: Mapping[str, Any]) -> Mapping[str, object]:
     return parameters
 
 
-def _json(value: object, code: int = 200) -> Response:
-    return Response(tensors.dump(value), code, media_type="application/json")
+def _json(value: object, code: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(tensors.dump(value), code, headers, media_type="application/json")
 
 
 async def _not_offered(request: Request) -> Response:
     return _json({"error": f"this server does not do {request.url.path}"}, 501)
 
 
+async def _on_sluice_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, SluiceError)
+    code, _, headers = codes(error)
+    return _json({"error": error.message}, code, headers)
+
+
 async def _on_http_exception(_request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    response = _json({"error": error.detail}, error.status_code)
-    response.headers.update(error.headers or {})
-    return response
+    return _json({"error": error.detail}, error.status_code, error.headers)
+
+
+async def _on_exception(_request: Request, error: Exception) -> Response:
+    return _json({"error": f"{type(error).__name__}: {error}"}, 500)
 
 
 def add_service(server: grpc.aio.Server, front: Front) -> None:

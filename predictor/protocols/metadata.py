@@ -10,23 +10,14 @@ from importlib.metadata import version as installed
 from typing import Any
 
 from contracts.artifact import TensorSpec
-from contracts.errors import NotFound, Unavailable
+from contracts.errors import Unavailable
 from predictor.dispatch import Served
-from predictor.front import Front
-
-VERSION = "1"
-"""A function has one version: what the node agent serves under its name."""
+from predictor.front import VERSION, Front, check_version
 
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "parameters", "statistics")
 """As Triton names them: https://github.com/triton-inference-server/server/tree/main/docs/protocol"""
 
 View = dict[str, Any]
-
-
-def check_version(name: str, version: str) -> None:
-    """NotFound unless a request names the one version that a model has, or none."""
-    if version not in ("", VERSION):
-        raise NotFound(f"the model {name!r} has no version {version!r}, only {VERSION!r}")
 
 
 def find(front: Front, name: str, version: str = "") -> Served:

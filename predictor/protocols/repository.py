@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 from contracts.errors import InvalidValue
 from contracts.units import S
-from predictor.front import Front
-from predictor.protocols.metadata import VERSION, View
+from predictor.front import VERSION, Front
+from predictor.protocols.metadata import View
 
 _LOAD_TIMEOUT_NS = 60 * S
 """How long a load waits where its caller sets no limit."""

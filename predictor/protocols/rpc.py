@@ -1,6 +1,6 @@
-"""KServe's gRPC service over our functions, and what else is served on its port.
+"""KServe's gRPC service: inference, and where the other RPCs are added.
 
-Owns the servicer and the gRPC server's options; inference goes from the message's bytes to shared memory, under the caller's deadline.
+Owns the gRPC server's options, and inference: from the message's bytes to shared memory and back, under the caller's deadline.
 """
 
 from __future__ import annotations
@@ -9,87 +9,138 @@ import logging
 from collections.abc import Callable, Mapping
 
 import grpc  # type: ignore[import-untyped]
+import numpy as np
+from google.protobuf.message import DecodeError
 from grpc import StatusCode
-from kserve.constants.constants import GRPC_CONTENT_DATATYPE_MAPPINGS
-from kserve.protocol.dataplane import DataPlane
-from kserve.protocol.grpc.grpc_predict_v2_pb2 import InferParameter, ModelInferRequest, ModelInferResponse
-from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
-from kserve.protocol.grpc.interceptors import ExceptionToStatusInterceptor
-from kserve.protocol.grpc.servicer import InferenceServicer
-from kserve.protocol.model_repository_extension import ModelRepositoryExtension
 
-from contracts.artifact import Signature
-from contracts.errors import InvalidTensor, SluiceError
+from contracts.artifact import TEXT, Signature
+from contracts.errors import InvalidTensor, InvalidValue, SluiceError
 from contracts.units import S
-from predictor import tensors
 from predictor.dispatch import Outcome
-from predictor.front import Encode, Front, parameters, timeout_ns
+from predictor.front import Decoded, Front, parameters, timeout_ns
+from predictor.protocols import management, v2, wire
 from predictor.protocols.codes import codes
-from predictor.tensors import Array
+from predictor.protocols.inference_pb2 import ModelInferRequest, ModelInferResponse, Parameter, Tensor
+from predictor.protocols.limits import Limits, grpc_options
+from predictor.tensors import Array, Given, as_bytes
 
-SERVICES: tuple[Callable[[grpc.aio.Server, Front], None], ...] = ()
-"""Each adds its handlers to the server, beside KServe's."""
+SERVICE = "inference.GRPCInferenceService"
+SERVICES: tuple[Callable[[grpc.aio.Server, Front], None], ...] = (management.add_service,)
+"""Each adds its handlers to the server, beside inference."""
+
+_RAW_INPUT_CONTENTS, _RAW_OUTPUT_CONTENTS = 7, 6
 
 log = logging.getLogger("sluice.predictor")
 
 
-def server(front: Front, data_plane: DataPlane, max_message_bytes: int) -> grpc.aio.Server:
+def server(front: Front, limits: Limits, max_message_bytes: int) -> grpc.aio.Server:
     """A gRPC server with every service on it; it has no port yet."""
-    options = [(f"grpc.max_{way}_message_length", max_message_bytes) for way in ("send", "receive")]
-    made = grpc.aio.server(interceptors=(ExceptionToStatusInterceptor(),), options=options)
+    made = grpc.aio.server(options=grpc_options(limits, max_message_bytes), maximum_concurrent_rpcs=limits.max_connections)
+    handler = grpc.unary_unary_rpc_method_handler(_Inference(front).infer)
+    made.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"ModelInfer": handler}),))
     for add_service in SERVICES:
         add_service(made, front)
-    add_GRPCInferenceServiceServicer_to_server(Servicer(front, data_plane), made)
     return made
 
 
-class Servicer(InferenceServicer):  # type: ignore[misc]
-    """KServe's gRPC service; inference goes from the message's bytes to shared memory, under the caller's deadline."""
+class _Inference:
+    """ModelInfer on the message's bytes: protobuf parses and writes all but the raw tensors."""
 
-    def __init__(self, front: Front, data_plane: DataPlane) -> None:
-        super().__init__(data_plane, ModelRepositoryExtension(data_plane.model_registry))
+    def __init__(self, front: Front) -> None:
         self._front = front
 
-    async def ModelInfer(self, request: ModelInferRequest, context: grpc.aio.ServicerContext) -> ModelInferResponse:  # noqa: N802
-        """Inference; aborts with the code of what went wrong."""
+    async def infer(self, message: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        """The bytes of a ModelInferResponse; aborts with the code of what went wrong."""
         try:
-            return await self._front.infer(request.model_name, lambda signature: _decode_grpc(request, signature), _grpc_timeout_ns(context))
+            request, raw = _parse(message)
+            timeout = _timeout_ns(context)
+            return await self._front.infer(
+                request.model_name, lambda signature: _decode(request, raw, signature), timeout, version=request.model_version
+            )
         except SluiceError as error:
             _, status, more = codes(error)
             await context.abort(status, error.message, tuple(more.items()))
+        except grpc.aio.AbortError:
+            raise
         except Exception as error:
-            log.exception("a gRPC request for %s could not be handled", request.model_name)
+            log.exception("a gRPC request could not be handled")
             await context.abort(StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+        raise AssertionError("abort raises")
 
 
-def _grpc_timeout_ns(context: grpc.aio.ServicerContext) -> int | None:
+def _parse(message: bytes) -> tuple[ModelInferRequest, list[memoryview]]:
+    """A request without its raw tensors, and those."""
+    rest, raw = wire.split(message, _RAW_INPUT_CONTENTS)
+    try:
+        return ModelInferRequest.FromString(rest), raw
+    except DecodeError as error:
+        raise InvalidValue(f"the message is no ModelInferRequest: {error}") from None
+
+
+def _timeout_ns(context: grpc.aio.ServicerContext) -> int | None:
     """The shorter of the call's deadline and its `sluice-timeout-ms`; None when it has neither."""
     left_s = context.time_remaining()
-    asked = timeout_ns(dict(context.invocation_metadata()).get("sluice-timeout-ms"))
+    asked = timeout_ns(dict(context.invocation_metadata() or ()).get("sluice-timeout-ms"))
     given = [limit for limit in (asked, None if left_s is None else max(1, int(left_s * S))) if limit is not None]
     return min(given, default=None)
 
 
-def _decode_grpc(request: ModelInferRequest, signature: Signature) -> tuple[Mapping[str, Array], Encode[ModelInferResponse]]:
-    raw = request.raw_input_contents
+def _decode(request: ModelInferRequest, raw: list[memoryview], signature: Signature) -> Decoded[bytes]:
     if raw and len(raw) != len(request.inputs):
         raise InvalidTensor(f"must be one for each of the {len(request.inputs)} inputs", key="raw_input_contents", value=len(raw))
-    inputs: dict[str, Array] = {}
-    for number, tensor in enumerate(request.inputs):
-        field = GRPC_CONTENT_DATATYPE_MAPPINGS.get(tensor.datatype)
-        data = raw[number] if raw else list(getattr(tensor.contents, field)) if field else None
-        tensors.add_input(inputs, signature, tensor.name, list(tensor.shape), tensor.datatype, data)
-    wanted = tensors.requested([{"name": output.name} for output in request.outputs] or None, signature)
+    given = [
+        Given(tensor.name, list(tensor.shape), tensor.datatype, raw[number] if raw else _typed(tensor))
+        for number, tensor in enumerate(request.inputs)
+    ]
+    outputs = [{"name": output.name, "parameters": dict.fromkeys(output.parameters, True)} for output in request.outputs]
+    wanted = v2.wanted(outputs or None, signature)
 
-    def encode(outputs: Mapping[str, Array], outcome: Outcome) -> ModelInferResponse:
+    def encode(outputs: Mapping[str, Array], outcome: Outcome) -> bytes:
         response = ModelInferResponse(model_name=request.model_name, id=request.id)
-        for key, value in parameters(outcome).items():  # KServe's message has no floating point parameter: those go as text
-            kind = "bool_param" if isinstance(value, bool) else "int64_param" if isinstance(value, int) else "string_param"
-            response.parameters[key].CopyFrom(InferParameter(**{kind: str(value) if kind == "string_param" else value}))
-        for spec in signature.outputs:
-            if wanted is None or spec.name in wanted:
-                response.outputs.add(name=spec.name, datatype=spec.dtype, shape=outputs[spec.name].shape)
-                response.raw_output_contents.append(outputs[spec.name].tobytes())
-        return response
+        for key, parameter in request.parameters.items():
+            response.parameters[key].CopyFrom(parameter)
+        for key, value in parameters(outcome).items():
+            _set(response.parameters[key], value)
+        dtypes = {spec.name: spec.dtype for spec in signature.outputs}
+        for name in wanted:
+            response.outputs.add(name=name, datatype=dtypes[name], shape=outputs[name].shape)
+        tensors = (as_bytes(outputs[name]) for name in wanted)
+        return wire.join(response.SerializeToString(), _RAW_OUTPUT_CONTENTS, tensors)
 
-    return inputs, encode
+    return Decoded(given, encode)
+
+
+def _set(parameter: Parameter, value: bool | int | float | str) -> None:
+    """A parameter as KServe's clients can read it too: they know no floating point, so that goes as text."""
+    if isinstance(value, bool):
+        parameter.bool_param = value
+    elif isinstance(value, int):
+        parameter.int64_param = value
+    else:
+        parameter.string_param = str(value)
+
+
+_CONTENTS: Mapping[str, tuple[str, type[np.generic] | None]] = {
+    "BOOL": ("bool_contents", np.bool_),
+    "INT8": ("int_contents", np.int32),
+    "INT16": ("int_contents", np.int32),
+    "INT32": ("int_contents", np.int32),
+    "INT64": ("int64_contents", np.int64),
+    "UINT8": ("uint_contents", np.uint32),
+    "UINT16": ("uint_contents", np.uint32),
+    "UINT32": ("uint_contents", np.uint32),
+    "UINT64": ("uint64_contents", np.uint64),
+    "FP32": ("fp32_contents", np.float32),
+    "FP64": ("fp64_contents", np.float64),
+    TEXT: ("bytes_contents", None),
+}
+"""Datatype -> the field that it comes in, and that field's own type. FP16 and BF16 have none: they come raw."""
+
+
+def _typed(tensor: Tensor) -> object:
+    """A tensor's typed contents: an array of the field's own type, texts as a list; None for a datatype without a field."""
+    if tensor.datatype not in _CONTENTS:
+        return None
+    field, wide = _CONTENTS[tensor.datatype]
+    values = list(getattr(tensor.contents, field))
+    return values if wide is None else np.array(values, wide)

@@ -6,9 +6,9 @@ Owns the view; the numbers are `predictor.statistics`.
 from __future__ import annotations
 
 from predictor.dispatch import Served
-from predictor.front import Front
+from predictor.front import VERSION, Front
 from predictor.protocols import metadata
-from predictor.protocols.metadata import VERSION, View
+from predictor.protocols.metadata import View
 
 
 def statistics(front: Front, name: str = "", version: str = "") -> View:

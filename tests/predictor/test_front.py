@@ -119,7 +119,8 @@ CODES = {
     "a model that is loading": ("/v1/models/loading:predict", ROW, {}, 503, "is loading"),
     "a model that failed to load": ("/v1/models/broken:predict", ROW, {}, 503, "it is broken"),
     "a model that fails": ("/v1/models/double:predict", b'{"instances": [[13, 2, 3, 4]]}', {}, 500, "bad luck"),
-    "a version": ("/v2/models/double/versions/1/infer", b'{"inputs": []}', {}, 501, "version"),
+    "a version that there is not": ("/v2/models/double/versions/2/infer", b'{"inputs": []}', {}, 404, "version '2'"),
+    "the one version": ("/v2/models/double/versions/1/infer", b'{"inputs": []}', {}, 400, "missing"),
 }
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from contracts.artifact import Signature, TensorSpec
 from contracts.errors import InvalidTensor, InvalidValue
-from predictor.tensors import NUMPY, add_input, decode_v1, decode_v2, dump, encode_v1, encode_v2, parse
+from predictor.protocols import v1, v2
+from predictor.tensors import NUMPY, Given, bind, dump, parse
 
 
 def one(dtype: str = "FP32", *shape: int | str) -> Signature:
@@ -28,7 +29,16 @@ PAIR = Signature(
 ALONE = Signature((TensorSpec("x", "FP32", ("n",)),), (TensorSpec("y", "FP32", ()),), batchable=False)
 
 
-def v2(data: Any, shape: Any = (1, 2), datatype: Any = "FP32", name: Any = "x", **more: Any) -> dict[str, Any]:
+def decode_v1(document: object, signature: Signature) -> dict[str, Any]:
+    return bind(v1.decode(document, signature), signature)
+
+
+def decode_v2(document: object, signature: Signature) -> tuple[dict[str, Any], v2.Asked]:
+    asked = v2.decode(json.dumps(document).encode(), None, signature)
+    return bind(asked.given, signature), asked
+
+
+def request(data: Any, shape: Any = (1, 2), datatype: Any = "FP32", name: Any = "x", **more: Any) -> dict[str, Any]:
     shape = list(shape) if isinstance(shape, tuple) else shape
     return {"inputs": [{"name": name, "shape": shape, "datatype": datatype, "data": data}], **more}
 
@@ -79,20 +89,20 @@ def test_v1_errors_name_what_is_wrong(signature: Signature, document: object, me
 
 V2_WRONG = {
     "no inputs": ({"instances": [[1, 2]]}, "inputs"),
-    "an input without a name": (v2([1, 2], name=None), "inputs[0]"),
-    "an unknown input": (v2([1, 2], name="z"), "is no input of this model (inputs: x)"),
-    "the same input twice": ({"inputs": v2([1, 2])["inputs"] * 2}, "comes twice"),
-    "another datatype": (v2([1, 2], datatype="FP64"), "x.datatype: must be FP32, got 'FP64'"),
-    "a shape that is none": (v2([1, 2], shape=[1, -2]), "x.shape"),
-    "a shape of text": (v2([1, 2], shape="ab"), "x.shape"),
-    "a boolean in the shape": (v2([1, 2], shape=[True, 2]), "x.shape"),
-    "too few values": (v2([1]), "[1, 2]"),
-    "nested otherwise than the shape says": (v2([[1], [2]]), "[1, 2]"),
-    "no data": (v2(None), "x.data"),
-    "ragged data": (v2([[1, 2], [3]], shape=(2, 2)), "ragged"),
-    "an id that is no text": (v2([1, 2], id=7), "id"),
-    "an unknown output": (v2([1, 2], outputs=[{"name": "z"}]), "outputs: y"),
-    "outputs that are no list": (v2([1, 2], outputs="y"), "outputs: y"),
+    "an input without a name": (request([1, 2], name=None), "inputs[0]"),
+    "an unknown input": (request([1, 2], name="z"), "is no input of this model (inputs: x)"),
+    "the same input twice": ({"inputs": request([1, 2])["inputs"] * 2}, "comes twice"),
+    "another datatype": (request([1, 2], datatype="FP64"), "x.datatype: must be FP32, got 'FP64'"),
+    "a shape that is none": (request([1, 2], shape=[1, -2]), "x.shape"),
+    "a shape of text": (request([1, 2], shape="ab"), "x.shape"),
+    "a boolean in the shape": (request([1, 2], shape=[True, 2]), "x.shape"),
+    "too few values": (request([1]), "[1, 2]"),
+    "nested otherwise than the shape says": (request([[1], [2]]), "[1, 2]"),
+    "no data": (request(None), "x.data"),
+    "ragged data": (request([[1, 2], [3]], shape=(2, 2)), "ragged"),
+    "an id that is no text": (request([1, 2], id=7), "id"),
+    "an unknown output": (request([1, 2], outputs=[{"name": "z"}]), "outputs: y"),
+    "outputs that are no list": (request([1, 2], outputs="y"), "outputs: y"),
 }
 
 
@@ -105,18 +115,53 @@ def test_v2_errors_name_what_is_wrong(document: object, message: str) -> None:
 
 @pytest.mark.parametrize("data", [[1, 2, 3, 4], [[1, 2], [3, 4]]], ids=["flat", "nested"])
 def test_v2_data_comes_flat_or_nested(data: list[Any]) -> None:
-    asked = decode_v2(v2(data, shape=(2, 2), id="7", outputs=[{"name": "y"}]), one())
-    assert asked.inputs["x"].tolist() == [[1, 2], [3, 4]]
-    assert (asked.id, asked.outputs) == ("7", ("y",))
+    inputs, asked = decode_v2(request(data, shape=(2, 2), id="7", outputs=[{"name": "y"}]), one())
+    assert inputs["x"].tolist() == [[1, 2], [3, 4]]
+    assert (asked.id, asked.outputs) == ("7", {"y": False})
 
 
 def test_bytes_are_used_as_they_are_and_counted() -> None:
-    inputs: dict[str, Any] = {}
-    add_input(inputs, one(), "x", [1, 2], "FP32", struct.pack("<2f", 1.5, float("nan")))
+    raw = struct.pack("<2f", 1.5, float("nan"))
+    inputs = bind([Given("x", [1, 2], "FP32", raw)], one())
     assert inputs["x"][0, 0] == 1.5
     assert np.isnan(inputs["x"][0, 1])
+    assert np.shares_memory(inputs["x"], np.frombuffer(raw, np.uint8))
     with pytest.raises(InvalidTensor, match="must be 8 bytes"):
-        add_input({}, one(), "x", [1, 2], "FP32", b"\0" * 7)
+        bind([Given("x", [1, 2], "FP32", raw[1:])], one())
+
+
+def test_the_bytes_of_a_boolean_are_0_and_1() -> None:
+    assert bind([Given("x", [1, 2], "BOOL", b"\1\0")], one("BOOL"))["x"].tolist() == [[True, False]]
+    with pytest.raises(InvalidTensor, match="bytes of 0 and 1, got 2"):
+        bind([Given("x", [1, 2], "BOOL", b"\1\2")], one("BOOL"))
+
+
+TYPED = {
+    "as wide as the field": ("INT32", np.int32([-(2**31), 2**31 - 1]), None),
+    "narrower and within": ("INT8", np.int32([-128, 127]), None),
+    "narrower and beyond": ("INT8", np.int32([0, 128]), "does not fit INT8, got 128"),
+    "below": ("INT16", np.int32([-32769, 0]), "does not fit INT16, got -32769"),
+    "unsigned and beyond": ("UINT16", np.uint32([0, 65536]), "does not fit UINT16, got 65536"),
+    "not finite": ("FP32", np.float32([np.nan, np.inf]), None),
+}
+
+
+@pytest.mark.parametrize(("dtype", "values", "error"), TYPED.values(), ids=TYPED)
+def test_values_of_a_wider_type_must_fit(dtype: str, values: Any, error: str | None) -> None:
+    given = [Given("x", [1, 2], dtype, values)]
+    if error is None:
+        array = bind(given, one(dtype))["x"]
+        assert array.dtype == NUMPY[dtype]
+        assert np.array_equal(array.reshape(-1), values, equal_nan=values.dtype.kind == "f")
+    else:
+        with pytest.raises(InvalidTensor, match=error):
+            bind(given, one(dtype))
+
+
+def v2_answer(asked: v2.Asked, outputs: Any, signature: Signature) -> Any:
+    body, json_bytes = v2.encode("m", asked, outputs, signature, {"p": 1})
+    assert json_bytes is None
+    return json.loads(body)
 
 
 DTYPES = [name for name in NUMPY if name != "BF16"]
@@ -131,13 +176,13 @@ def test_every_value_survives_the_way_in_and_out(dtype: str, seed: int, rows: in
     array = np.frombuffer(sample, kind).reshape(rows, 2) if dtype != "BOOL" else rng.integers(0, 2, (rows, 2)).astype(bool)
     array = np.nan_to_num(array, posinf=1, neginf=-1) if kind.kind == "f" else array
     signature = one(dtype)
-    first = json.loads(dump(encode_v1({"y": array}, signature)))
+    first = json.loads(dump(v1.encode({"y": array}, signature)))
     assert np.array_equal(decode_v1({"instances": first["predictions"]}, signature)["x"], array)
-    second = json.loads(dump(encode_v2("m", "7", {"y": array}, signature, None, {"p": 1})))
-    assert (second["model_name"], second["id"], second["parameters"]) == ("m", "7", {"p": 1})
+    second = v2_answer(v2.Asked([], "7", {"q": 2}, {"y": False}), {"y": array}, signature)
+    assert (second["model_name"], second["id"], second["parameters"]) == ("m", "7", {"q": 2, "p": 1})
     (tensor,) = second["outputs"]
-    back = decode_v2(v2(tensor["data"], tensor["shape"], tensor["datatype"]), signature)
-    assert np.array_equal(back.inputs["x"], array)
+    back, _ = decode_v2(request(tensor["data"], tensor["shape"], tensor["datatype"]), signature)
+    assert np.array_equal(back["x"], array)
 
 
 BF16 = {"exact": (1.5, 0x3FC0), "to nearest": (1.005, 0x3F81), "ties to even, down": (1.00390625, 0x3F80), "ties to even, up": (1.01171875, 0x3F82)}
@@ -148,23 +193,23 @@ def test_bf16_is_kept_as_its_bits(value: float, bits: int) -> None:
     signature = one("BF16", "batch")
     array = decode_v1({"instances": [value]}, signature)["x"]
     assert array.tolist() == [bits]
-    assert json.loads(dump(encode_v1({"y": array}, signature))) == {"predictions": [struct.unpack("<f", struct.pack("<I", bits << 16))[0]]}
+    assert json.loads(dump(v1.encode({"y": array}, signature))) == {"predictions": [struct.unpack("<f", struct.pack("<I", bits << 16))[0]]}
 
 
 def test_several_outputs_make_rows_of_objects_and_only_the_wanted_ones_leave_v2() -> None:
     outputs: dict[str, Any] = {"c": np.array([[1, 2], [3, 4]], np.float32), "d": np.array([7, 8])}
-    assert json.loads(dump(encode_v1(outputs, PAIR))) == {"predictions": [{"c": [1, 2], "d": 7}, {"c": [3, 4], "d": 8}]}
-    answer = json.loads(dump(encode_v2("m", None, outputs, PAIR, ("d",), {})))
+    assert json.loads(dump(v1.encode(outputs, PAIR))) == {"predictions": [{"c": [1, 2], "d": 7}, {"c": [3, 4], "d": 8}]}
+    answer = v2_answer(v2.Asked([], None, {}, {"d": False}), outputs, PAIR)
     assert answer["outputs"] == [{"name": "d", "shape": [2], "datatype": "INT64", "data": [7, 8]}]
     assert "id" not in answer
 
 
 def test_the_scalar_of_a_model_without_batches_is_one_prediction() -> None:
-    assert json.loads(dump(encode_v1({"y": np.array(2.5, np.float32)}, ALONE))) == {"predictions": [2.5]}
+    assert json.loads(dump(v1.encode({"y": np.array(2.5, np.float32)}, ALONE))) == {"predictions": [2.5]}
 
 
 def test_what_is_not_finite_goes_out_as_null() -> None:
-    assert json.loads(dump(encode_v1({"y": np.array([[np.nan, np.inf]], np.float32)}, one()))) == {"predictions": [[None, None]]}
+    assert json.loads(dump(v1.encode({"y": np.array([[np.nan, np.inf]], np.float32)}, one()))) == {"predictions": [[None, None]]}
 
 
 @settings(max_examples=200, deadline=None)
@@ -180,6 +225,7 @@ def test_what_is_not_finite_goes_out_as_null() -> None:
     ).map(lambda value: json.dumps(value).encode())
 )
 def test_no_body_gives_anything_but_inputs_or_an_error_for_its_sender(body: bytes) -> None:
-    for decode in (decode_v1, decode_v2):
-        with contextlib.suppress(InvalidValue):
-            decode(parse(body), PAIR)
+    with contextlib.suppress(InvalidValue):
+        decode_v1(parse(body), PAIR)
+    with contextlib.suppress(InvalidValue):
+        bind(v2.decode(body, None, PAIR).given, PAIR)

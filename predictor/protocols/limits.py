@@ -1,0 +1,192 @@
+"""What a client may take over HTTP: bytes of a head, connections, bytes of bodies that are not whole yet, and time.
+
+Owns uvicorn's protocol with these bounds. uvicorn by itself gathers a head, chunk extensions and trailers without end, waits for ever for the rest of
+a request, and keeps an answer that nobody reads. A look at every connection once in a while (`check`) costs the way of a request nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from contracts.units import KIB, MIB
+
+MAX_HEAD_BYTES = 512 * KIB
+"""Request line and headers, with what is read along with them (one read brings 256 KiB at most)."""
+_FRAMING_FACTOR = 8
+"""Chunk sizes, extensions and trailers may take MAX_HEAD_BYTES and so many times the body: a chunk of one byte takes six."""
+_SPARE_DESCRIPTORS = 64
+"""For the agent, the segment, listeners, gRPC and the log."""
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """The bounds of one server.
+
+    `patience_s`: how long a client may take for a head; how long a body, or the reading of an answer, may take beyond what `bytes_per_s` allows (as
+    Apache's mod_reqtimeout has it). `keep_alive_s`: how long a connection may be idle between requests. `unfinished_bytes`: of all bodies together.
+    """
+
+    max_connections: int = 1024
+    patience_s: float = 20.0
+    keep_alive_s: float = 75.0
+    bytes_per_s: int = 16 * KIB
+    unfinished_bytes: int = 256 * MIB
+
+    def fitting(self) -> Limits:
+        """The same with no more connections than this process may have descriptors, of which it takes all that it can get."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard == resource.RLIM_INFINITY or soft < hard:
+            wanted = max(soft, self.max_connections + _SPARE_DESCRIPTORS)
+            soft = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        return msgspec.structs.replace(self, max_connections=max(1, min(self.max_connections, soft - _SPARE_DESCRIPTORS)))
+
+
+class Intake:
+    """The bytes of bodies that are still being received, over all connections; and whether the server is on its way down."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.unfinished_bytes = 0
+        self.closing = False
+
+    def close_connections(self, connections: Iterable[Any]) -> None:
+        """From now on each answer says that it is the last of its connection."""
+        self.closing = True
+        for connection in connections:
+            connection.close_next()
+
+
+class BoundedHttp(HttpToolsProtocol):
+    """uvicorn's protocol within an intake's limits; who exceeds them is told (400, 408, 503) where that is still possible, and disconnected."""
+
+    def __init__(self, intake: Intake, **options: Any) -> None:
+        super().__init__(**options)
+        self._intake = intake
+        self._in_head = True
+        self._in_body = False
+        self._since_s = self.loop.time()
+        self._framing_bytes = 0
+        self._body_bytes = 0
+        self._unread_bytes = 0
+        self._read_by_s = 0.0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client has come; one too many is sent away."""
+        super().connection_made(transport)
+        if len(self.connections) > self._intake.limits.max_connections:
+            self._refuse(503, "too many connections")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client has gone."""
+        self._intake.unfinished_bytes -= self._body_bytes
+        self._body_bytes = 0
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Part of one or of several requests."""
+        before = self._body_bytes
+        super().data_received(data)
+        if self._in_head or self._in_body:
+            self._framing_bytes += len(data) - max(0, self._body_bytes - before)
+            if self._framing_bytes > MAX_HEAD_BYTES + _FRAMING_FACTOR * self._body_bytes:
+                self._refuse(400, "The head of the request is too long.")
+
+    def on_message_begin(self) -> None:
+        """The first byte of a request."""
+        self._in_head = True
+        self._since_s = self.loop.time()
+        self._framing_bytes = 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """The head has ended; what follows is the body."""
+        self._in_head = False
+        self._in_body = True
+        self._since_s = self.loop.time()
+        super().on_headers_complete()
+        if self._intake.closing:
+            self.cycle.keep_alive = False
+
+    def on_body(self, body: bytes) -> None:
+        """Part of the body."""
+        self._body_bytes += len(body)
+        self._intake.unfinished_bytes += len(body)
+        super().on_body(body)
+        if self._intake.unfinished_bytes > self._intake.limits.unfinished_bytes:
+            self._refuse(503, "too many bytes of unfinished requests")
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        self._in_body = False
+        self._intake.unfinished_bytes -= self._body_bytes
+        self._body_bytes = 0
+        super().on_message_complete()
+
+    def check(self, now_s: float) -> None:
+        """Ends the connection if the client has kept it waiting for too long."""
+        limits = self._intake.limits
+        if self._unread(now_s):
+            self.transport.abort()
+        elif self._in_head and now_s > self._since_s + limits.patience_s:
+            self._refuse(408, "the head of the request did not come")
+        elif self._in_body and not self.flow.read_paused:
+            answered = self.cycle.response_complete
+            if now_s > self._since_s + limits.patience_s + (0 if answered else self._body_bytes / limits.bytes_per_s):
+                self._refuse(408, "the body of the request came too slowly")
+
+    def close_next(self) -> None:
+        """The next answer says `connection: close`."""
+        if self.cycle is not None and not self.cycle.response_started:
+            self.cycle.keep_alive = False
+
+    def _unread(self, now_s: float) -> bool:
+        """Whether the client lets its answer lie."""
+        unread, before = self.transport.get_write_buffer_size(), self._unread_bytes
+        self._unread_bytes = unread
+        if unread == 0:
+            return False
+        if unread > before:
+            self._read_by_s = now_s + self._intake.limits.patience_s + unread / self._intake.limits.bytes_per_s
+        return now_s > self._read_by_s
+
+    def _refuse(self, status: int, why: str) -> None:
+        """Answers, where no answer has begun, and ends the connection."""
+        self._in_head = self._in_body = False
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            body = b'{"error":"%s"}' % why.encode()
+            again = b"retry-after: 1\r\n" if status == 503 else b""
+            head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n%s\r\n" % (len(body), again)
+            self.transport.write(STATUS_LINE[status] + head + body)
+        self.transport.close()
+
+
+async def watch(intake: Intake, connections: set[Any]) -> None:
+    """Checks all connections again and again, for ever."""
+    loop = asyncio.get_running_loop()
+    while True:
+        await asyncio.sleep(min(1.0, intake.limits.patience_s / 4))
+        for connection in list(connections):
+            connection.check(loop.time())
+
+
+def grpc_options(limits: Limits, max_message_bytes: int) -> list[tuple[str, int]]:
+    """The same for a gRPC server, as far as gRPC can: the number of calls at a time is an argument of the server itself."""
+    return [
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_concurrent_streams", limits.max_connections),
+        ("grpc.max_metadata_size", 64 * KIB),
+        ("grpc.server_handshake_timeout_ms", int(limits.patience_s * 1000)),
+        ("grpc.max_connection_idle_ms", int(limits.keep_alive_s * 1000)),
+        # A peer that has gone without a word is found by pings.
+        ("grpc.keepalive_time_ms", int(limits.keep_alive_s * 1000)),
+        ("grpc.keepalive_timeout_ms", int(limits.patience_s * 1000)),
+    ]
