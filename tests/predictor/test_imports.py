@@ -5,7 +5,7 @@ import sys
 
 from tests.predictor.front_process import ROOT
 
-FORBIDDEN = {"torch", "models", "nodeagent", "predictor.worker", "transformers"}
+FORBIDDEN = {"fastapi", "kserve", "pandas", "torch", "models", "nodeagent", "predictor.worker", "transformers"}
 
 
 def test_the_front_brings_no_torch_and_no_other_room() -> None:
