@@ -105,8 +105,8 @@ class Session:
     def chilling(self, function: Function) -> Iterator[Callable[[], None]]:
         """For a function that is served: gives a call that makes it cold.
 
-        Declared anew it has no weights on the device; those in host memory stay, for a twin of it, which is never called, holds them. Meanwhile it may
-        use the whole device, but for what the twin is guaranteed.
+        Declared anew it has no weights on the device; those in host memory stay, for a twin of it, which is never called, holds them. Meanwhile it
+        may use the whole device, but for what the twin is guaranteed.
         """
         own = _own(function, _ALMOST_ALL)
 

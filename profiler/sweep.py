@@ -125,7 +125,7 @@ def sweep(
     begun = time.monotonic()
     outcomes = []
     with running(functions, node) as session:
-        device, facts = _device(session, node)
+        device, facts = facts_of(session, node)
         with Table(path, device, facts) as table:
             for done, function in enumerate(functions):
                 left_s = None if plan.budget_s is None else (plan.budget_s - (time.monotonic() - begun)) / (len(functions) - done)
@@ -134,7 +134,8 @@ def sweep(
     return outcomes
 
 
-def _device(session: Session, node: NodeOptions | Session) -> tuple[str, DeviceFacts]:
+def facts_of(session: Session, node: NodeOptions | Session) -> tuple[str, DeviceFacts]:
+    """The one device of a session's node, and its facts, measured now; InvalidValue when it has several."""
     status = session.status()
     if len(status.devices) != 1:
         raise InvalidValue("a sweep measures a node with one device", key="devices", value=[each.device for each in status.devices])
