@@ -73,9 +73,10 @@ class Record:
             self.parts[part].add(time_ns)
 
     def reject(self, reason: str, requests: int = 1) -> None:
-        """Requests got no answer."""
-        self.rejected[reason] += requests
-        self.late += requests
+        """So many requests got no answer."""
+        if requests:
+            self.rejected[reason] += requests
+            self.late += requests
 
     @property
     def requests(self) -> int:
