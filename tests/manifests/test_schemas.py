@@ -15,6 +15,7 @@ DOCUMENTS = {
     f"{path.relative_to(ROOT)}:{document['kind']}/{document['metadata']['name']}": document
     for path in FILES
     for document in yaml.safe_load_all(path.read_text())
+    if "kserve.io/" in document["apiVersion"]
 }
 SERVICES = {name: document for name, document in DOCUMENTS.items() if document["kind"] == "InferenceService"}
 RUNTIME = DOCUMENTS["manifests/base/clusterservingruntime.yaml:ClusterServingRuntime/sluice"]
