@@ -181,8 +181,7 @@ class Table:
             return
         try:
             self._compact()
-            if self._points:
-                os.unlink(_journal(self.path))
+            os.unlink(_journal(self.path))
         finally:
             os.close(self._fd)
             self._fd = -1
