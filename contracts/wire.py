@@ -6,7 +6,8 @@ lie in shared memory and a frame refers to them by offset. File descriptors trav
 Who talks to whom:
     predictor -> agent   Hello (+ its segment), Submit, Cancel            on `agent.sock`
     agent -> predictor   Tokenizer (+ its file), Welcome, FunctionChanged, FunctionGone, Answer, Failed
-    control   -> agent   Declare, Remove, SetShare, Grant, GetStatus      on `control.sock`, one Reply each, matched by `id`
+    control   -> agent   Declare, Remove, SetShare, Grant, GetStatus,     on `control.sock`, one Reply each, matched by `id`;
+                         Watch                                            then FunctionChanged too
     agent -> fork server Spawn (+ the lane's two sockets, the slab, the lane page)
     agent -> lane        run channel: MapSegment (+ fd), UnmapSegment, Run, Resume;   copy channel: Attach (+ weights), Detach, Copy, CopyGrant
     lane -> agent        run channel: LaneReady, BatchDone, BatchPaused;              copy channel: Attached, CopyProgress
@@ -70,7 +71,10 @@ class Hello(Message, frozen=True):
 
 
 class Tokenizer(Message, frozen=True):
-    """A tokenizer, in a sealed memfd. Comes before every message that names it, so that a predictor need not keep those that it has no use for."""
+    """A tokenizer, in a sealed memfd.
+
+    Comes before the first FunctionInfo of a function that names it; the predictor keeps it as long as the latest of some function does.
+    """
 
     FDS: ClassVar[int] = 1
     name: str
@@ -97,7 +101,8 @@ class FunctionGone(Message, frozen=True):
 class Submit(Message, frozen=True):
     """Run one batch. `id` is the predictor's own and answered exactly once, by Answer or Failed.
 
-    All parts share every dimension but the rows and those that the model pads. `slo_deadline_ns` orders the queue; after `deadline_ns` the answer is of no use.
+    All parts share every dimension but the rows and those that the model pads. `slo_deadline_ns` orders the queue; after `deadline_ns` the answer
+    is of no use.
     """
 
     id: int
@@ -165,6 +170,12 @@ class Grant(Message, frozen=True):
 
 class GetStatus(Message, frozen=True):
     """Ask for a NodeStatus."""
+
+    id: int
+
+
+class Watch(Message, frozen=True):
+    """From now on this connection is told of every function that appears or changes (FunctionChanged), before whoever changed it gets the Reply."""
 
     id: int
 
@@ -368,7 +379,8 @@ class BatchDone(Message, frozen=True):
 
 ToAgent = Hello | Submit | Cancel
 ToPredictor = Tokenizer | Welcome | FunctionChanged | FunctionGone | Answer | Failed
-Control = Declare | Remove | SetShare | Grant | GetStatus
+Control = Declare | Remove | SetShare | Grant | GetStatus | Watch
+FromControl = Reply | FunctionChanged
 ToLaneRun = MapSegment | UnmapSegment | Run | Resume
 ToLaneCopy = Attach | Detach | Copy | CopyGrant
 FromLaneRun = LaneReady | BatchDone | BatchPaused

@@ -14,7 +14,20 @@ from pathlib import Path
 from contracts.channel import AsyncChannel, Channel, connect
 from contracts.errors import Unavailable, from_wire
 from contracts.functions import Function, Share
-from contracts.wire import Control, Declare, GetStatus, Grant, Message, NodeStatus, Remove, Reply, SetShare
+from contracts.wire import (
+    Control,
+    Declare,
+    FromControl,
+    FunctionChanged,
+    GetStatus,
+    Grant,
+    Message,
+    NodeStatus,
+    Remove,
+    Reply,
+    SetShare,
+    Watch,
+)
 
 SOCKET_NAME = "control.sock"
 
@@ -70,7 +83,9 @@ class Client:
         """Connects at once; Unavailable when nobody listens. Needs a running loop."""
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Reply]] = {}
-        self._channel = AsyncChannel(_connect(run_dir, None), Reply, self._on_message, self._on_close)
+        self._on_change: Callable[[Function], None] = lambda _: None
+        self._ended = asyncio.Event()
+        self._channel = AsyncChannel(_connect(run_dir, None), FromControl, self._on_message, self._on_close)
 
     @property
     def closed(self) -> bool:
@@ -97,6 +112,15 @@ class Client:
         """The node's status."""
         return _status(await self._request(GetStatus))
 
+    async def watch(self, on_change: Callable[[Function], None]) -> None:
+        """From now on `on_change` gets each function that appears or changes; a share that was acknowledged to anyone was told here before."""
+        self._on_change = on_change
+        await self._request(Watch)
+
+    async def wait_ended(self) -> None:
+        """Returns when the connection has ended and all that came before its end was heard."""
+        await self._ended.wait()
+
     def close(self) -> None:
         """Ends the connection; calls under way raise Unavailable."""
         self._channel.close()
@@ -114,6 +138,9 @@ class Client:
             self._waiting.pop(id_, None)
 
     def _on_message(self, message: Message, _fds: list[int]) -> None:
+        if isinstance(message, FunctionChanged):
+            self._on_change(message.info.function)
+            return
         assert isinstance(message, Reply)  # the channel decodes nothing else
         future = self._waiting.pop(message.id, None)
         if future is not None and not future.done():
@@ -124,3 +151,4 @@ class Client:
             if not future.done():
                 future.set_exception(Unavailable("the node agent ended before it answered"))
         self._waiting.clear()
+        self._ended.set()

@@ -1,7 +1,7 @@
 """The local supervisor: starts the node agent and its predictors, starts again what dies, and stops all of it in order.
 
 Owns the node's processes and its run directory. It makes no scheduling decision, and keeps nothing that an agent needs except what the user asked
-for: the functions, and the shares as they were last seen.
+for: the functions, and the shares that they were last given.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from sluice.status import share_text
 _AGENT_START_S = 30.0
 _AGENT_GRACE_S = 20.0
 _POLL_S = 0.02
-_SHARES_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,7 @@ class Supervisor:
         self._agent: Child | None = None
         self._client: Client | None = None
         self._front: Front | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._keeper: asyncio.Task[None] | None = None
 
     @property
     def client(self) -> Client:
@@ -84,14 +83,14 @@ class Supervisor:
         if not outcome.serving:
             raise SluiceError("no function can be served:\n" + "\n".join(f"  {key}: {reason}" for key, reason in outcome.failed.items()))
         await self._front.wait_ready([function.name for function in outcome.serving])
-        self._tasks = [asyncio.create_task(self._keep_agent()), asyncio.create_task(self._watch_shares())]
+        self._keeper = asyncio.create_task(self._keep_agent())
         return outcome
 
     async def stop(self) -> None:
         """Answers what was accepted, ends every process, removes the run directory and the weight store."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
         try:
             if self._front is not None:
                 await self._front.stop()
@@ -117,14 +116,14 @@ class Supervisor:
         return SharedFront(PredictorOptions(plan.run_dir, plan.host, self._on_line, plan.grpc_port), plan.port, self._say)
 
     async def _start_agent(self) -> Client:
-        for name in ("agent.sock", "control.sock"):
-            (self._plan.run_dir / name).unlink(missing_ok=True)
+        self._unlink_sockets()
         agent = self._agent = Child("agent", [sys.executable, "-m", "nodeagent", *self._plan.agent_arguments()], self._on_line)
         try:
             async with asyncio.timeout(_AGENT_START_S):
                 while True:
                     with contextlib.suppress(Unavailable):
                         self._client = Client(self._plan.run_dir)
+                        await self._client.watch(self._remember)
                         return self._client
                     if agent.returncode is not None:
                         await agent.bury()
@@ -132,6 +131,11 @@ class Supervisor:
                     await asyncio.sleep(_POLL_S)
         except TimeoutError:
             raise Unavailable(f"the node agent did not open its control socket within {_AGENT_START_S:g} s: {last_words(agent)}") from None
+
+    def _unlink_sockets(self) -> None:
+        """Nobody is to connect to what a dead agent left: a child of it that has not yet run its own program may still hold the listening end."""
+        for name in ("agent.sock", "control.sock"):
+            (self._plan.run_dir / name).unlink(missing_ok=True)
 
     async def _declare_all(self, client: Client, on_loading: Callable[[Loading], None]) -> Outcome:
         """Declares every function. What the node refuses (shares, host memory) is an error of the whole; what cannot be loaded fails alone."""
@@ -163,6 +167,9 @@ class Supervisor:
         while True:
             assert self._agent is not None
             code = await self._agent.wait()
+            self._unlink_sockets()
+            if self._client is not None:
+                await self._client.wait_ended()
             await self._agent.bury()
             pause = pauses.next()
             self._say(f"the node agent {describe_exit(code)}; a new one starts in {pause:g} s")
@@ -180,13 +187,9 @@ class Supervisor:
                 continue
             self._say(f"the node agent runs again with {len(outcome.serving)} of {len(self._functions)} functions")
 
-    async def _watch_shares(self) -> None:
-        """Remembers shares changed by `sluice share`, so that a new agent gets them too."""
-        while True:
-            await asyncio.sleep(_SHARES_EVERY_S)
-            with contextlib.suppress(SluiceError):
-                for status in (await self.client.status()).functions:
-                    function = self._functions.get(status.key)
-                    if function is not None and function.share != status.share:
-                        self._functions[status.key] = msgspec.structs.replace(function, share=status.share)
-                        self._say(f"{status.key} has a new share: {share_text(status.share)}")
+    def _remember(self, function: Function) -> None:
+        """A share changed by `sluice share`: a new agent must get it too."""
+        known = self._functions.get(function.key)
+        if known is not None and known.share != function.share:
+            self._functions[function.key] = msgspec.structs.replace(known, share=function.share)
+            self._say(f"{function.key} has a new share: {share_text(function.share)}")

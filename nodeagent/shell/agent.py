@@ -131,8 +131,9 @@ class Agent:
     # What functions and predictors tell.
 
     def function_changed(self, entry: Entry) -> None:
-        """Owners learn of it (`FunctionsOwner`)."""
+        """Owners learn of it, and those who watch (`FunctionsOwner`)."""
         self._peers.function_changed(entry)
+        self._controls.function_changed(entry)
 
     def function_gone(self, entry: Entry) -> None:
         """Owners learn of it (`FunctionsOwner`)."""

@@ -1,4 +1,4 @@
-"""The control socket: the supervisor and the command line declare, remove and grant functions, change shares, and ask for the status.
+"""The control socket: the supervisor and the command line declare, remove and grant functions, change shares, ask for the status, and watch.
 
 Owns its connections. Every message gets one Reply; a Declare gets it when the function is ready or has failed, and holds up nothing meanwhile.
 """
@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 from contracts.channel import AsyncChannel
 from contracts.errors import SluiceError, to_wire
-from contracts.wire import Control, Declare, GetStatus, Grant, Message, NodeStatus, Remove, Reply, SetShare
-from nodeagent.shell.functions import Functions
+from contracts.wire import Control, Declare, FunctionChanged, GetStatus, Grant, Message, NodeStatus, Remove, Reply, SetShare, Watch
+from nodeagent.shell.functions import Entry, Functions
 from nodeagent.shell.listener import credentials
 from nodeagent.shell.peers import Peers
 
@@ -30,6 +30,7 @@ class Controls:
         self._status = status
         self._loop = asyncio.get_running_loop()
         self._channels: set[AsyncChannel] = set()
+        self._watching: set[AsyncChannel] = set()
         self._declaring: set[asyncio.Task[None]] = set()
 
     def connect(self, sock: socket.socket) -> None:
@@ -39,8 +40,13 @@ class Controls:
             _log.warning("process %d of user %d may not control this agent", peer.pid, peer.uid)
             sock.close()
             return
-        channel = AsyncChannel(sock, Control, lambda message, _: self._on_message(channel, message), lambda _: self._channels.discard(channel))
+        channel = AsyncChannel(sock, Control, lambda message, _: self._on_message(channel, message), lambda _: self._on_close(channel))
         self._channels.add(channel)
+
+    def function_changed(self, entry: Entry) -> None:
+        """Tells those who watch. What was sent is theirs even if this agent is killed now: the kernel keeps it until they read it."""
+        for channel in self._watching:
+            channel.send(FunctionChanged(entry.info))
 
     def close(self) -> None:
         """Closes every connection and gives up what is being declared."""
@@ -49,11 +55,19 @@ class Controls:
         for task in self._declaring:
             task.cancel()
 
+    def _on_close(self, channel: AsyncChannel) -> None:
+        self._channels.discard(channel)
+        self._watching.discard(channel)
+
     def _on_message(self, channel: AsyncChannel, message: Message) -> None:
         if isinstance(message, Declare):
             task = self._loop.create_task(self._declare(channel, message))
             self._declaring.add(task)
             task.add_done_callback(self._declaring.discard)
+            return
+        if isinstance(message, Watch):
+            self._watching.add(channel)
+            channel.send(Reply(message.id))
             return
         assert isinstance(message, Remove | SetShare | Grant | GetStatus)
         try:

@@ -6,12 +6,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from contracts.channel import Channel
 from contracts.errors import InvalidArtifact, NotFound, Refused, Unavailable
 from contracts.functions import Function, ModelFormat, ModelRef, Share
-from contracts.wire import Control, Declare, GetStatus, Grant, NodeStatus, Remove, Reply, SetShare
+from contracts.wire import Control, Declare, FunctionChanged, FunctionInfo, GetStatus, Grant, NodeStatus, Remove, Reply, SetShare, Watch
 from sluice import control
 
 FUNCTION = Function(name="a", model=ModelRef(ModelFormat.CATALOG, "mlp"))
@@ -97,6 +98,21 @@ async def test_a_cancelled_call_does_not_trouble_the_next(agent: Any, tmp_path: 
 
     assert await client.status() == STATUS
     client.close()
+
+
+@pytest.mark.asyncio
+async def test_who_watches_hears_of_changes_to_the_last_before_the_agents_end(agent: Any, tmp_path: Path) -> None:
+    client = control.Client(tmp_path)
+    heard: list[Function] = []
+    await client.watch(heard.append)
+    changed = [msgspec.structs.replace(FUNCTION, share=Share(percent)) for percent in range(1, 100)]
+
+    agent.channels[0].send(*(FunctionChanged(FunctionInfo(function, "ready")) for function in changed))
+    agent.channels[0].close()
+    await client.wait_ended()
+
+    assert [type(message) for message in agent.told] == [Watch]
+    assert heard == changed
 
 
 def test_without_a_node_the_error_says_how_to_start_one(tmp_path: Path) -> None:
