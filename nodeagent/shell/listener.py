@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from contracts.errors import Unavailable
 _log = logging.getLogger(__name__)
 _UCRED = struct.Struct("3i")
 _ACCEPT_PAUSE_S = 0.1
+_HEIR_S = 10.0
+_HEIR_POLL_S = 0.01
 
 
 class Credentials(msgspec.Struct, frozen=True):
@@ -37,19 +40,31 @@ def credentials(sock: socket.socket) -> Credentials:
 
 
 def lock_run_dir(run_dir: Path) -> int:
-    """Makes the run dir (mode 0700) and takes its lock; Unavailable if another agent lives there. Returns the lock's descriptor."""
+    """Makes the run dir (mode 0700) and takes its lock; Unavailable if another agent lives there. Returns the lock's descriptor.
+
+    The lock of an agent that was killed can outlive it for a moment, in a child that has not yet run its own program: that is waited for.
+    """
     run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     run_dir.chmod(0o700)
     fd = os.open(run_dir / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    give_up_at = time.monotonic() + _HEIR_S
+    while not _lock(fd):
+        owner = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+        if Path(f"/proc/{owner}").exists() or time.monotonic() > give_up_at:
+            os.close(fd)
+            raise Unavailable(f"{run_dir} is served by another agent (pid {owner}): stop it, or use another --run-dir")
+        time.sleep(_HEIR_POLL_S)
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
+
+
+def _lock(fd: int) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        owner = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
-        os.close(fd)
-        raise Unavailable(f"{run_dir} is served by another agent (pid {owner}): stop it, or use another --run-dir") from None
-    os.ftruncate(fd, 0)
-    os.write(fd, f"{os.getpid()}\n".encode())
-    return fd
+    except BlockingIOError:
+        return False
+    return True
 
 
 class Listener:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from contracts.errors import DeadlineExceeded, Unavailable
 from contracts.functions import Share
 from contracts.units import S
 from contracts.wire import Answer, Failed
+from tests.faults.census import descriptors
 from tests.nodeagent.fake_worker import LYING_SM
 from tests.nodeagent.node import REPOSITORY, Control, Node, Predictor, eventually, function
 
@@ -238,6 +240,19 @@ def test_a_second_agent_on_the_same_run_dir_is_refused(node: Node, start: Callab
     assert second.process.wait(60) == 1
     assert f"served by another agent (pid {node.process.pid})" in second.read_log()
     assert Control(node.run_dir).status().pid == node.process.pid
+
+
+def test_a_lock_that_a_killed_agent_left_to_its_child_is_waited_for(folder: Path, start: Callable[..., Node]) -> None:
+    (folder / "run").mkdir(mode=0o700)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    with (folder / "run" / "agent.lock").open("w") as held:
+        held.write(f"{dead.pid}\n")
+        held.flush()
+        fcntl.flock(held, fcntl.LOCK_EX)
+        node = start()
+        eventually(lambda: descriptors(node.process.pid)[".lock"] or node.process.poll() is not None, "its look at the lock")
+    node.ready()
 
 
 def test_sockets_of_a_killed_agent_are_taken_over(start: Callable[..., Node]) -> None:
