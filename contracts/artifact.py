@@ -78,7 +78,7 @@ class Signature(msgspec.Struct, frozen=True):
     @property
     def accepts(self) -> tuple[TensorSpec, ...]:
         """What a request may bring: the inputs, and the text that may stand for them."""
-        return self.inputs if self.text is None else (*self.inputs, TensorSpec(self.text.name, TEXT, ("batch",)))
+        return self.inputs if self.text is None else (*self.inputs, TensorSpec(self.text.name, TEXT, ("batch", 1)))
 
     def bind(self, shapes: Mapping[str, tuple[str, Sequence[int]]]) -> dict[str, int]:
         """Sizes of the named dimensions, from input name -> (dtype, shape); InvalidTensor names what does not fit."""

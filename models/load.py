@@ -7,7 +7,7 @@ are interpreted, TorchScript is audited, safetensors holds numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from contracts.artifact import Program, Signature
 from contracts.errors import InvalidArtifact
 from contracts.functions import ModelFormat, ModelRef
-from models import catalogue, describe, exported, networks, script, seeded
+from models import catalogue, describe, exported, networks, script, seeded, text, tokenizer
 from models.archive import reading
 from models.dtypes import TORCH_DTYPES
 from models.program import Executable
@@ -29,11 +29,15 @@ _RECORDED_SIZE = 16
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model with its own weights, ready to run. `payload` is the content of its program file, empty for catalogued architectures."""
+    """A model with its own weights, ready to run.
+
+    `payload` is the content of its program file, empty for catalogued architectures; `tokenizer` that of its tokenizer, empty for a model without.
+    """
 
     executable: Executable
     program: Program
     payload: bytes
+    tokenizer: bytes = b""
 
     @property
     def module(self) -> nn.Module:
@@ -68,6 +72,11 @@ class Loaded:
 
 def load(ref: ModelRef) -> Loaded:
     """The model that `ref` names. InvalidArtifact names the file or the option that is wrong, Unavailable a package that is missing."""
+    loaded, file = _load(ref), describe.tokenizer_file(ref)
+    return replace(loaded, tokenizer=text.equip(loaded.executable, None if file is None else tokenizer.read(file)))
+
+
+def _load(ref: ModelRef) -> Loaded:
     match ref.format:
         case ModelFormat.CATALOG:
             return _from_catalogue(catalogue.parse(ref.source))

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 from blake3 import blake3
 
-from contracts.artifact import WeightIndex, decode_index
+from contracts.artifact import Text, WeightIndex, decode_index
 from contracts.errors import InvalidArtifact
 from contracts.functions import ModelFormat, ModelRef
 from models import catalogue
@@ -62,9 +62,22 @@ def read_index(store: Path, digest: str) -> WeightIndex:
     return index
 
 
+def tokenizer(store: Path, text: Text) -> bytes:
+    """A tokenizer of the store; InvalidArtifact when it is absent or damaged."""
+    try:
+        content = (store / text.tokenizer).read_bytes()
+    except OSError as error:
+        raise InvalidArtifact(f"cannot be read ({error.strerror})", key="tokenizer", value=text.tokenizer) from None
+    if f"{blake3(content).hexdigest()}.tokenizer" != text.tokenizer:
+        raise InvalidArtifact("does not match its name: the file is damaged", key="tokenizer", value=text.tokenizer)
+    return content
+
+
 def verify(store: Path, digest: str) -> WeightIndex:
-    """The index of a digest whose weight file was read whole and found to be what its name says; InvalidArtifact otherwise."""
+    """The index of a digest whose weights and tokenizer were read whole and found to be what their names say; InvalidArtifact otherwise."""
     index = read_index(store, digest)
+    if index.signature.text is not None:
+        tokenizer(store, index.signature.text)
     with open(store / f"{digest}.weights", "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         found = blake3(content).update(identity(index)).hexdigest()
     if found != digest:
@@ -75,9 +88,11 @@ def verify(store: Path, digest: str) -> WeightIndex:
 def _files(ref: ModelRef) -> list[Path]:
     if ref.format is ModelFormat.CATALOG:
         choice = catalogue.parse(ref.source)
-        return [choice.pretrained.path()] if choice.pretrained else []
+        tokenizer = choice.tokenizer_path()
+        return ([choice.pretrained.path()] if choice.pretrained else []) + ([tokenizer] if tokenizer else [])
     path = locate(ref.source)
     folder = path if path.is_dir() else path.parent
-    beside = [folder / name for name in ("config.json", "modules.json", "signature.json", f"{path.stem}.signature.json")]
+    names = ("config.json", "modules.json", "signature.json", f"{path.stem}.signature.json", "tokenizer.json", "sentence_bert_config.json")
+    beside = [folder / name for name in names]
     inside = sorted(folder.glob("*.*")) if path.is_dir() else [path]
     return [file for file in dict.fromkeys((*inside, *beside)) if file.is_file()]

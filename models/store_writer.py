@@ -1,7 +1,7 @@
 """Writes a loaded model into the host weight store, whole or not at all.
 
-Owns the recording of layouts (once for each program) and the order of the files: program, weights, index, reference. Never leaves anything behind
-when it fails, and reserves room before it writes, so that a full store is an error and not a SIGBUS.
+Owns the recording of layouts (once for each program) and the order of the files: program, tokenizer, weights, index, reference. Never leaves
+anything behind when it fails, and reserves room before it writes, so that a full store is an error and not a SIGBUS.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def write(loaded: Loaded, store: Path, limit_bytes: int) -> WeightIndex:
     Unavailable, naming sizes, when its files would take more than `limit_bytes` or than the file system has.
     """
     layout = _layout(loaded)
-    needed = layout.total_bytes + len(loaded.payload)
+    needed = layout.total_bytes + len(loaded.payload) + 2 * len(loaded.tokenizer)  # the agent keeps a sealed copy for the predictors
     if needed > limit_bytes:
         raise Unavailable(f"the model takes {format_bytes(needed)} of host memory, {format_bytes(max(0, limit_bytes))} are left of the budget")
     index = WeightIndex("", layout.total_bytes, layout.tensors, layout.gates, loaded.program, loaded.signature, layout.run_ns)
@@ -44,6 +44,8 @@ def write(loaded: Loaded, store: Path, limit_bytes: int) -> WeightIndex:
         if not _is_whole(store, digest):
             if loaded.payload:
                 _place(store / loaded.program.source, loaded.payload, made)
+            if loaded.signature.text is not None:
+                _place(store / loaded.signature.text.tokenizer, loaded.tokenizer, made)
             _rename(temporary, store / f"{digest}.weights", made)
             _place(store / f"{digest}.json", msgspec.json.encode(msgspec.structs.replace(index, digest=digest)), made)
         found = files.read_index(store, digest)

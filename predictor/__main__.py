@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 
 from contracts.units import MIB, parse_bytes
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--keep-alive-s", type=float, default=75, metavar="S", help="how long a connection may be idle (default: %(default)s)")
     options = parser.parse_args(argv)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else each call starts a thread for every core of the node
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     return serve(
         Settings(

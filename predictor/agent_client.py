@@ -32,6 +32,7 @@ from contracts.wire import (
     Message,
     Part,
     Submit,
+    Tokenizer,
     ToPredictor,
     Welcome,
 )
@@ -82,6 +83,9 @@ class Listener(Protocol):
 
     def on_function(self, info: FunctionInfo) -> None:
         """A function appeared, changed, or is with the agent again."""
+
+    def on_tokenizer(self, name: str, fd: int) -> None:
+        """A tokenizer that a function to come will name; the descriptor is the listener's."""
 
     def on_gone(self, key: str) -> None:
         """A function is no longer ours."""
@@ -220,6 +224,8 @@ class AgentClient:
                 self._announce(message.info)
             case FunctionGone():
                 self._gone(message.function)
+            case Tokenizer():
+                self._listener.on_tokenizer(message.name, fds[0])
 
     def _announce(self, info: FunctionInfo) -> None:
         key = info.function.key

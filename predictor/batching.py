@@ -4,15 +4,15 @@ Owns the function's queue in the predictor and the count of what is in flight. R
 what time it is and dispatches what `take` returns.
 
 A batch leaves when nothing of the function is in flight (an idle system adds no wait), when a batch in flight has returned, when it is full, or when
-one of its requests would otherwise wait past its slack. Requests join only if all dimensions but the rows agree, and keep their order. Dynamic
-batching under a latency bound: Clipper (Crankshaw et al., NSDI 2017), Nexus (Shen et al., SOSP 2019).
+one of its requests would otherwise wait past its slack. Requests join only if all dimensions but the rows agree, or are padded and about as long, and
+keep their order. Dynamic batching under a latency bound: Clipper (Crankshaw et al., NSDI 2017), Nexus (Shen et al., SOSP 2019).
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Container, Hashable, Mapping
 from dataclasses import dataclass
 
 
@@ -24,6 +24,24 @@ class Waiting:
     rows: int
     dims: Hashable
     hurry_ns: int
+
+
+_LEAST_STEP = 64
+
+
+def joint(sizes: Mapping[str, int], padded: Container[str]) -> Hashable:
+    """What requests must have in common to share a batch, from the sizes of their named dimensions: `Waiting.dims`.
+
+    Joining saves a run's fixed cost and wastes what is padded. On one core MiniLM's fixed cost is that of about 64 tokens, and on a GPU it is more.
+    So lengths join that are rounded up to the same multiple of 64 or, beyond 256, of a quarter of the power of two above: a request grows by less
+    than 64 positions or by less than half, and 5 tokens never wait for 500.
+    """
+    return tuple(_rounded(size) if dim in padded else size for dim, size in sizes.items() if dim != "batch")
+
+
+def _rounded(length: int) -> int:
+    step = max(_LEAST_STEP, 1 << max(0, (length - 1).bit_length() - 2))
+    return -(-length // step) * step
 
 
 class Batcher:

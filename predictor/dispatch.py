@@ -14,16 +14,17 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from contracts.artifact import Signature
+from contracts.artifact import Signature, Text
 from contracts.errors import DeadlineExceeded, ExecutionError, InvalidTensor, NotFound, Refused, SluiceError, Unavailable
 from contracts.units import MS, S
 from contracts.wire import Answer, FunctionInfo
 from predictor.admission import Estimates
 from predictor.agent_client import AgentClient, Batch
-from predictor.batching import Batcher, Waiting
+from predictor.batching import Batcher, Waiting, joint
 from predictor.metrics import FunctionMetrics, Metrics
 from predictor.segment import Array, Placement
 from predictor.tensors import NUMPY
+from predictor.text import Tokenizers
 
 _RETRY_MS = 1000
 _QUEUED_BATCHES = 64
@@ -88,6 +89,11 @@ class Served:
         self.loaded = True
         self.changed = asyncio.Event()
 
+    @property
+    def text(self) -> Text | None:
+        """The text input that it takes."""
+        return None if self.info.signature is None else self.info.signature.text
+
     def tell(self) -> None:
         """Wakes whoever waits for a change."""
         self.changed.set()
@@ -112,6 +118,7 @@ class Dispatcher:
         self._served: dict[str, Served] = {}
         self._names: dict[str, str] = {}
         self._open = 0
+        self.tokenizers = Tokenizers()
         self.client = AgentClient(agent_path, segment_bytes, self)
         metrics.watch_segment(lambda: self.client.segment.used_bytes)
 
@@ -186,7 +193,7 @@ class Dispatcher:
         if placement is None:
             raise _refused(served, "the predictor's shared memory is full")
         ticket = Ticket(next(self._ids), served, rows, placement, now_ns, deadline_ns)
-        dims = tuple(ref.shape[1:] for ref in placement.inputs) if signature.batchable else ticket.id
+        dims = joint(sizes, signature.padded) if signature.batchable else ticket.id
         hurry_ns = served.estimates.hurry_ns(now_ns, ticket.slo_deadline_ns, deadline_ns)
         accepted = served.batcher.add(Waiting(ticket.id, rows, dims, hurry_ns))
         assert accepted, "admission has looked"
@@ -216,7 +223,12 @@ class Dispatcher:
         if served is None:
             served = self._served[info.function.key] = Served(info, self._metrics)
             self._names[self._free_name(info)] = served.key
+        before = served.text
         served.update(info)
+        if served.text is not None:
+            with contextlib.suppress(Unavailable):
+                self.tokenizers.prepare(served.text)
+        self._forget(before)
         if self.client.live(served.key):
             self._dispatch(served, time.monotonic_ns())
         elif not self.client.awaited(served.key):
@@ -229,11 +241,21 @@ class Dispatcher:
         self._empty(served, NotFound(f"the function {key} was removed"))
         served.tell()
         served.metrics.forget()
+        self._forget(served.text)
+
+    def on_tokenizer(self, name: str, fd: int) -> None:
+        """Listener of the AgentClient: a tokenizer, before the function that names it."""
+        self.tokenizers.add(name, fd)
 
     def on_retry(self, function: str) -> None:
         """Listener of the AgentClient: a batch went to a new agent."""
         if function in self._served:
             self._served[function].metrics.retries.inc()
+
+    def _forget(self, text: Text | None) -> None:
+        """Lets go of a tokenizer that no function names any more."""
+        if text is not None and all(served.text is None or served.text.tokenizer != text.tokenizer for served in self._served.values()):
+            self.tokenizers.forget(text.tokenizer)
 
     def _free_name(self, info: FunctionInfo) -> str:
         """The function's name; where another namespace has taken it, `namespace.name`."""
@@ -301,7 +323,7 @@ class Dispatcher:
             served.estimates.observe(batch.submitted_ns, now_ns, outcome.swap_ns + outcome.run_ns)
             served.metrics.ran(sum(batch.rows), outcome.run_ns)
             self._answer(batch, outcome)
-        elif isinstance(outcome, ExecutionError) and len(batch.tickets) > 1:
+        elif isinstance(outcome, ExecutionError | InvalidTensor) and len(batch.tickets) > 1:  # by one of them: the others are to be answered
             for ticket in waiting:
                 served.batcher.launched(ticket.rows)
                 self._launch(served, [ticket])

@@ -12,10 +12,12 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMappi
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from contracts.artifact import Signature
-from contracts.errors import InvalidValue, NotFound, SluiceError
-from contracts.units import MS, ms
+from contracts.errors import DeadlineExceeded, InvalidValue, NotFound, SluiceError, Unavailable
+from contracts.functions import MAX_NS
+from contracts.units import MS, S, ms
 from predictor.dispatch import Dispatcher, Outcome, Ticket
 from predictor.tensors import Array, Given, bind
+from predictor.text import find as find_text
 
 T = TypeVar("T")
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -59,7 +61,14 @@ class Front:
         try:
             signature = self.dispatcher.signature(served)
             given, encode = decode(signature)
-            ticket = self.dispatcher.submit(served, signature, bind(given, signature), timeout_ns)
+            text = find_text(given, signature)
+            if text is None:
+                inputs = bind(given, signature)
+            else:
+                left_ns = min(timeout_ns or MAX_NS, served.info.function.timeout_ns)
+                inputs = await self._tokens(name, signature, text, left_ns)
+                timeout_ns = max(1, left_ns - (time.monotonic_ns() - start_ns))
+            ticket = self.dispatcher.submit(served, signature, inputs, timeout_ns)
             try:
                 with _watched(receive, ticket):
                     outcome = await ticket.future
@@ -76,6 +85,17 @@ class Front:
         end_ns = time.monotonic_ns()
         served.metrics.succeeded(end_ns - start_ns, ticket.arrival_ns - start_ns, end_ns - ran_ns)
         return answer
+
+    async def _tokens(self, name: str, signature: Signature, text: Given, left_ns: int) -> dict[str, Array]:
+        """The inputs that stand for a text; after the wait for them the function must still be what it was."""
+        try:
+            async with asyncio.timeout(left_ns / S):
+                inputs = await self.dispatcher.tokenizers.inputs(text, signature, self.dispatcher.find(name).info.function.max_batch)
+        except TimeoutError:
+            raise DeadlineExceeded("the deadline passed before the text was tokenised") from None
+        if self.dispatcher.signature(self.dispatcher.find(name)) is not signature:
+            raise Unavailable(f"the model {name!r} has changed", retry_after_ms=1000)
+        return inputs
 
 
 @contextlib.contextmanager

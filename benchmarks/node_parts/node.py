@@ -107,6 +107,10 @@ class Caller:
         """Listener of the AgentClient."""
         self._changed.set()
 
+    def on_tokenizer(self, name: str, fd: int) -> None:
+        """Nothing here sends text."""
+        os.close(fd)
+
     def on_gone(self, key: str) -> None:
         """Listener of the AgentClient."""
 

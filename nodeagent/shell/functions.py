@@ -66,6 +66,12 @@ class Entry:
         return FunctionInfo(self.function, self.state, self.reason, signature)
 
     @property
+    def tokenizer(self) -> tuple[str, int] | None:
+        """The name of its tokenizer and the descriptor to read it by; None while it takes no text."""
+        text = self.stored.index.signature.text if self.state == "ready" else None
+        return None if text is None else (text.tokenizer, self.stored.tokenizer_fd)
+
+    @property
     def spec(self) -> FunctionSpec:
         """What the state is told."""
         function, index = self.function, self.stored.index

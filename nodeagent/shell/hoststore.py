@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import shutil
@@ -16,10 +17,11 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from contracts.artifact import WeightIndex
+from contracts.artifact import Text, WeightIndex
 from contracts.errors import InvalidArtifact, Unavailable
 from contracts.functions import ModelRef
 from models.store import identity, read_index, ref_name
+from models.store import tokenizer as read_tokenizer
 
 _log = logging.getLogger(__name__)
 _READ_BYTES = 8 << 20
@@ -31,23 +33,28 @@ def store_folder(run_dir: Path) -> Path:
 
 
 class Stored:
-    """One model in the store. `fd` is its weight file; `refs` counts the functions that use it; `verified` once its bytes matched the digest."""
+    """One model in the store. `fd` is its weight file; `refs` counts the functions that use it; `verified` once its bytes matched the digest.
 
-    __slots__ = ("fd", "index", "index_json", "nbytes", "refs", "verified")
+    `tokenizer_fd` is a sealed copy of its tokenizer, since predictors are not to be trusted with the file; -1 for a model that takes no text.
+    """
 
-    def __init__(self, index: WeightIndex, index_json: bytes, fd: int) -> None:
+    __slots__ = ("fd", "index", "index_json", "nbytes", "refs", "tokenizer_fd", "verified")
+
+    def __init__(self, index: WeightIndex, index_json: bytes, fd: int, tokenizer_fd: int) -> None:
         self.index = index
         self.index_json = index_json
         self.fd = fd
+        self.tokenizer_fd = tokenizer_fd
         self.nbytes = index.total_bytes + len(index_json)
         self.refs = 0
         self.verified = False
 
     def close(self) -> None:
-        """Closes the weight file."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        """Closes its descriptors."""
+        for fd in (self.fd, self.tokenizer_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self.tokenizer_fd = -1
 
 
 class HostStore:
@@ -57,7 +64,8 @@ class HostStore:
         self.folder = folder
         self.budget_bytes = budget_bytes
         self._models: dict[str, Stored] = {}
-        self._programs: dict[str, int] = {}
+        self._shared: dict[str, int] = {}
+        """What models may have in common, programs and tokenizers, by file name: the bytes that they take."""
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if folder.stat().st_uid != os.geteuid():
@@ -73,7 +81,7 @@ class HostStore:
     @property
     def used_bytes(self) -> int:
         """What all models take, those included that no function uses yet."""
-        return sum(stored.nbytes for stored in self._models.values()) + sum(self._programs.values())
+        return sum(stored.nbytes for stored in self._models.values()) + sum(self._shared.values())
 
     @property
     def room_bytes(self) -> int:
@@ -131,9 +139,9 @@ class HostStore:
 
     def sweep(self) -> None:
         """Removes every file that no known model needs: what a killed loader or agent left. Not while the loader writes."""
-        programs = {stored.index.program.source for stored in self._models.values()}
-        self._programs = {name: nbytes for name, nbytes in self._programs.items() if name in programs}
-        needed = {f"{digest}.{kind}" for digest in self._models for kind in ("weights", "json")} | programs
+        shared = {name for stored in self._models.values() for name in _shared(stored.index)}
+        self._shared = {name: nbytes for name, nbytes in self._shared.items() if name in shared}
+        needed = {f"{digest}.{kind}" for digest in self._models for kind in ("weights", "json")} | shared
         for path in self.folder.iterdir():
             if path.name not in needed and not (path.suffix == ".ref" and _text(path) in self._models):
                 with contextlib.suppress(OSError):
@@ -153,13 +161,48 @@ class HostStore:
         index = read_index(self.folder, digest)
         try:
             index_json = (self.folder / f"{digest}.json").read_bytes()
+            sizes = {name: (self.folder / name).stat().st_size for name in _shared(index)}
             fd = os.open(self.folder / f"{digest}.weights", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
             raise InvalidArtifact(f"cannot be opened ({error.strerror})", key="digest", value=digest) from None
-        if index.program.kind != "catalog":
-            self._programs[index.program.source] = (self.folder / index.program.source).stat().st_size
-        stored = self._models[digest] = Stored(index, index_json, fd)
+        try:
+            tokenizer_fd = self._tokenizer(index.signature.text)
+        except InvalidArtifact:
+            os.close(fd)
+            raise
+        if index.signature.text is not None:
+            sizes[index.signature.text.tokenizer] *= 2
+        self._shared |= sizes
+        stored = self._models[digest] = Stored(index, index_json, fd, tokenizer_fd)
         return stored
+
+    def _tokenizer(self, text: Text | None) -> int:
+        """A sealed copy of a tokenizer, one for all models that have it; -1 without one."""
+        if text is None:
+            return -1
+        for stored in self._models.values():
+            if stored.index.signature.text is not None and stored.index.signature.text.tokenizer == text.tokenizer:
+                return os.dup(stored.tokenizer_fd)
+        return sealed(read_tokenizer(self.folder, text))
+
+
+def sealed(content: bytes) -> int:
+    """A memfd that holds `content` and can never change."""
+    fd = os.memfd_create("sluice-tokenizer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        with open(fd, "wb", buffering=0, closefd=False) as file:
+            file.write(content)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except OSError as error:
+        os.close(fd)
+        raise InvalidArtifact(f"there is no memory for its tokenizer ({error.strerror})", key="bytes", value=len(content)) from None
+    return fd
+
+
+def _shared(index: WeightIndex) -> list[str]:
+    """The files beside weights and index that a model needs, and others may, too."""
+    text = index.signature.text
+    return ([] if index.program.kind == "catalog" else [index.program.source]) + ([] if text is None else [text.tokenizer])
 
 
 def _matches(fd: int, index: WeightIndex) -> bool:

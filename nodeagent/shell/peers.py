@@ -12,12 +12,12 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from contracts.channel import AsyncChannel
 from contracts.errors import NotFound, NotPermitted, ProtocolError, SluiceError, Unavailable, to_wire
-from contracts.wire import PROTOCOL_VERSION, Cancel, Failed, FunctionChanged, FunctionGone, Hello, Message, Submit, ToAgent, Welcome
+from contracts.wire import PROTOCOL_VERSION, Cancel, Failed, FunctionChanged, FunctionGone, Hello, Message, Submit, ToAgent, Tokenizer, Welcome
 from nodeagent.shell.functions import Entry, Functions
 from nodeagent.shell.listener import credentials
 from nodeagent.shell.requests import Request, count_rows
@@ -44,21 +44,49 @@ class PeersOwner(Protocol):
 class Peer:
     """One connection. `requests` maps the predictor's own ids to the agent's, until they are answered.
 
-    `granted` None: nothing was granted yet; empty: every function.
+    `granted` None: nothing was granted yet; empty: every function. `tokenizers`: for each function that it was told of, the tokenizer that it was
+    told of; as long as that does not change, it has it.
     """
 
-    __slots__ = ("channel", "granted", "pid", "requests", "segment")
+    __slots__ = ("channel", "granted", "pid", "requests", "segment", "tokenizers")
 
     def __init__(self, pid: int, granted: frozenset[str] | None) -> None:
         self.pid = pid
         self.granted = granted
         self.requests: dict[int, int] = {}
         self.segment: Segment | None = None
+        self.tokenizers: dict[str, str] = {}
         self.channel: AsyncChannel
 
     def owns(self, key: str) -> bool:
         """Whether the supervisor granted it this function."""
         return self.granted is not None and (not self.granted or key in self.granted)
+
+    def welcome(self, entries: Sequence[Entry]) -> None:
+        """Tells it of all the functions that it owns."""
+        self._send_tokenizers(entries)
+        self.channel.send(Welcome(tuple(entry.info for entry in entries)))
+
+    def announce(self, entry: Entry) -> None:
+        """Tells it of one function."""
+        self._send_tokenizers([entry])
+        self.channel.send(FunctionChanged(entry.info))
+
+    def withdraw(self, key: str) -> None:
+        """Tells it that a function is not its own any more."""
+        self.tokenizers.pop(key, None)
+        self.channel.send(FunctionGone(key))
+
+    def _send_tokenizers(self, entries: Sequence[Entry]) -> None:
+        """What they name and it does not have, each once."""
+        missing: dict[str, int] = {}
+        for entry in entries:
+            name, fd = entry.tokenizer or ("", -1)
+            if name and self.tokenizers.get(entry.function.key) != name:
+                missing[name] = fd
+            self.tokenizers[entry.function.key] = name
+        for name, fd in missing.items():
+            self.channel.send(Tokenizer(name), fds=[fd])
 
     def fail(self, submit_id: int, error: SluiceError) -> None:
         """Tells the predictor that a batch gets no answer."""
@@ -117,13 +145,13 @@ class Peers:
         """Tells those who own it."""
         for peer in self._peers:
             if peer.segment is not None and peer.owns(entry.function.key):
-                peer.channel.send(FunctionChanged(entry.info))
+                peer.announce(entry)
 
     def function_gone(self, key: str) -> None:
         """Tells those who owned it."""
         for peer in self._peers:
             if peer.segment is not None and peer.owns(key):
-                peer.channel.send(FunctionGone(key))
+                peer.withdraw(key)
 
     def close(self) -> None:
         """Closes every connection."""
@@ -144,10 +172,10 @@ class Peers:
             return
         for entry in self._functions:
             if peer.owns(entry.function.key) and entry.function.key not in before:
-                peer.channel.send(FunctionChanged(entry.info))
+                peer.announce(entry)
         for key in before:
             if not peer.owns(key):
-                peer.channel.send(FunctionGone(key))
+                peer.withdraw(key)
 
     def _on_message(self, peer: Peer, message: Message, fds: list[int]) -> None:
         try:
@@ -176,7 +204,7 @@ class Peers:
             raise
         self._segments += 1
         peer.segment = Segment(self._segments, fd, message.segment_bytes, self._owner.segment_free)
-        peer.channel.send(Welcome(tuple(entry.info for entry in self._functions if peer.owns(entry.function.key))))
+        peer.welcome([entry for entry in self._functions if peer.owns(entry.function.key)])
 
     def _on_submit(self, peer: Peer, submit: Submit) -> None:
         segment = peer.segment

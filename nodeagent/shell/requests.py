@@ -56,14 +56,16 @@ def count_rows(submit: Submit, signature: Signature, max_batch: int, segment_byt
     for part in parts[1:]:
         rows += part.rows
         if _check_part(part, signature, segment_bytes) != shared:
-            raise InvalidTensor("all parts of a batch must agree in every dimension but the rows", key="parts", value=part.rows)
+            raise InvalidTensor(
+                "all parts of a batch must agree in every dimension but the rows and those that are padded", key="parts", value=part.rows
+            )
     if len(parts) > 1 and (rows > max_batch or not signature.batchable):
         raise InvalidTensor(f"may not join {len(parts)} parts (batch at most {max_batch if signature.batchable else 1})", key="rows", value=rows)
     return rows
 
 
 def _check_part(part: Part, signature: Signature, segment_bytes: int) -> dict[str, int]:
-    """Checks one part; returns the sizes of its named dimensions without the rows."""
+    """Checks one part; returns the sizes of its named dimensions in which all parts must agree."""
     sizes = signature.bind({ref.name: (ref.dtype, ref.shape) for ref in part.inputs})
     rows = sizes.get("batch", part.rows) if signature.batchable else part.rows
     if part.rows != rows or rows < 1:
@@ -81,7 +83,8 @@ def _check_part(part: Part, signature: Signature, segment_bytes: int) -> dict[st
         if room is None or room.dtype != spec.dtype or room.shape != shape or room.nbytes != nbytes:
             raise InvalidTensor(f"needs room for {spec.dtype} {list(shape)}", key=spec.name, value=room)
         _check_place(room, segment_bytes)
-    sizes.pop("batch", None)
+    for dim in ("batch", *signature.padded):
+        sizes.pop(dim, None)
     return sizes
 
 

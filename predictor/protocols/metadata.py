@@ -71,7 +71,7 @@ def model(front: Front, name: str, version: str = "") -> View:
         return [{"name": spec.name, "datatype": spec.dtype, "shape": _sizes(spec)} for spec in specs]
 
     platform = served.info.function.model.format.value
-    return {"name": name, "versions": [VERSION], "platform": platform, "inputs": tensors(signature.inputs), "outputs": tensors(signature.outputs)}
+    return {"name": name, "versions": [VERSION], "platform": platform, "inputs": tensors(signature.accepts), "outputs": tensors(signature.outputs)}
 
 
 def config(front: Front, name: str, version: str = "") -> View:
@@ -89,7 +89,7 @@ def config(front: Front, name: str, version: str = "") -> View:
         "backend": "sluice",
         "version_policy": {"latest": {"num_versions": 1}},
         "max_batch_size": function.max_batch if signature.batchable else 0,
-        "input": tensors(signature.inputs),
+        "input": tensors(signature.accepts),
         "output": tensors(signature.outputs),
         **({"dynamic_batching": {"preferred_batch_size": [function.max_batch]}} if signature.batchable else {}),
     }

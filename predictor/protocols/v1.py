@@ -1,6 +1,7 @@
 """KServe's V1: `{"instances": [row, ...]}` in, `{"predictions": [row, ...]}` out.
 
-A row is an array, or an object by tensor name; always an object when there are several inputs or outputs. Owns this dialect and no other. Pure.
+A row is an array, or an object by tensor name; always an object when there are several inputs or outputs. A row of a model that takes text may be a
+text, or an object that holds it. Owns this dialect and no other. Pure.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ def decode(document: object, signature: Signature) -> list[Given]:
 def _columns(rows: list[Any], signature: Signature) -> dict[str, list[Any]]:
     """Rows to one list a input."""
     names = [spec.name for spec in signature.inputs]
+    text = signature.text
+    if text is not None and (isinstance(rows[0], str) or (isinstance(rows[0], dict) and text.name in rows[0])):
+        names = [text.name]
     if not isinstance(rows[0], dict):
         if len(names) != 1:
             raise InvalidTensor(f"a row must be an object with the inputs {', '.join(names)}", key="instances", value=shown(rows[0]))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from contracts.artifact import Signature
 from contracts.errors import to_wire
 from contracts.lane_page import LanePage
 from contracts.wire import BatchDone, Run
@@ -50,7 +51,7 @@ class Executor:
             meter.start()
             program = function.bind(self._device.slab, run.offset)
             self._open(run, function, program, awaited)
-            self._run(run, program)
+            self._run(run, program, function.signature)
         except Exception as failure:
             kind, message, _ = to_wire(failure)
             error = kind, message[:_LONGEST_MESSAGE]
@@ -59,10 +60,10 @@ class Executor:
         return BatchDone(run.batch, meter.gpu_ns, meter.swap_ns, error)
 
     @torch.inference_mode()
-    def _run(self, run: Run, program: Program) -> None:
-        places = self._segments.inputs(run.segment, run.parts)
+    def _run(self, run: Run, program: Program, signature: Signature) -> None:
+        places = self._segments.inputs(run.segment, run.parts, signature)
         inputs = {name: self._device.place(tensor) for name, tensor in places.items()}
-        self._segments.write(run.segment, run.parts, program.execute(inputs))
+        self._segments.write(run.segment, run.parts, program.execute(inputs), signature)
 
     def _open(self, run: Run, function: Function, program: Program, awaited: Transfer | None) -> None:
         """Arms the gates if this batch has anything to do there, and passes the one before the model itself."""

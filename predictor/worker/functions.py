@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from contracts.artifact import WeightIndex, decode_index
+from contracts.artifact import Signature, WeightIndex, decode_index
 from contracts.errors import InvalidArtifact, SluiceError, Unavailable, from_wire, to_wire
 from contracts.wire import Attach, Attached
 from models.program import build
@@ -53,6 +53,12 @@ class Function:
         self.transfer: Transfer | None = None
         self._serial = next(_serials)
         self._views: tuple[int, Mapping[str, torch.Tensor]] = (-1, {})
+
+    @property
+    def signature(self) -> Signature:
+        """Its own: functions of one program may differ in what pads them."""
+        assert self.index is not None
+        return self.index.signature
 
     def bind(self, slab: torch.Tensor, offset: int) -> Program:
         """Its program with its weights at `offset` of the slab. Views are made once for a place, and bound only if they are not yet."""

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import torch
 
+from contracts.artifact import Signature
 from contracts.errors import ExecutionError, InvalidTensor
 from contracts.wire import Part, TensorRef
 from models.dtypes import TORCH_DTYPES
@@ -40,22 +41,26 @@ class Segments:
         """Forgets a segment; its memory goes with the last tensor that lies in it."""
         self._maps.pop(segment, None)
 
-    def inputs(self, segment: int, parts: tuple[Part, ...]) -> dict[str, torch.Tensor]:
-        """Input name -> tensor: the caller's memory for one part, the rows of all parts in their order for several."""
+    def inputs(self, segment: int, parts: tuple[Part, ...], signature: Signature) -> dict[str, torch.Tensor]:
+        """Input name -> tensor: the caller's memory for one part, the rows of all parts in their order, padded where they differ, for several."""
         mapped = self._find(segment)
-        first = {ref.name: _aligned(_tensor(mapped, ref)) for ref in parts[0].inputs}
         if len(parts) == 1:
-            return first
-        joined = {name: [tensor] for name, tensor in first.items()}
-        for part in parts[1:]:
+            return {ref.name: _aligned(_tensor(mapped, ref)) for ref in parts[0].inputs}
+        joined: dict[str, list[torch.Tensor]] = {}
+        for part in parts:
             for ref in part.inputs:
-                joined[ref.name].append(_tensor(mapped, ref))
-        return {name: torch.cat(tensors) for name, tensors in joined.items()}
+                joined.setdefault(ref.name, []).append(_tensor(mapped, ref))
+        pads = {spec.name: spec.pad for spec in signature.inputs}
+        return {name: _join(tensors, pads.get(name)) for name, tensors in joined.items()}
 
-    def write(self, segment: int, parts: tuple[Part, ...], outputs: Mapping[str, torch.Tensor]) -> None:
-        """Writes each part's rows of the outputs where they were reserved; ExecutionError names an output that does not fit."""
+    def write(self, segment: int, parts: tuple[Part, ...], outputs: Mapping[str, torch.Tensor], signature: Signature) -> None:
+        """Writes each part's rows of the outputs where they were reserved, cut to the part's own length where they are padded.
+
+        ExecutionError names an output that does not fit.
+        """
         mapped = self._find(segment)
         rows = sum(part.rows for part in parts)
+        padded = {spec.name: [axis for axis, dim in enumerate(spec.shape) if dim in signature.padded] for spec in signature.outputs}
         row = 0
         for part in parts:
             for ref in part.outputs:
@@ -66,6 +71,8 @@ class Segments:
                     if not result.ndim or result.shape[0] != rows:
                         raise ExecutionError(f"output {ref.name!r} has shape {list(result.shape)}, not {rows} rows as its inputs")
                     result = result[row : row + part.rows]
+                    for axis in padded.get(ref.name, ()):
+                        result = result.narrow(axis, 0, min(ref.shape[axis], result.shape[axis]))
                 _write(_tensor(mapped, ref), ref, result)
             row += part.rows
 
@@ -85,6 +92,20 @@ def _tensor(mapped: mmap.mmap, ref: TensorRef) -> torch.Tensor:
     if not count:
         return torch.empty(ref.shape, dtype=dtype)
     return torch.frombuffer(mapped, dtype=dtype, count=count, offset=ref.offset).view(ref.shape)
+
+
+def _join(tensors: list[torch.Tensor], pad: int | None) -> torch.Tensor:
+    """All rows as one tensor; what is shorter than the longest is filled with `pad`. Without one, sizes that differ are the model's error."""
+    shapes = {tensor.shape[1:] for tensor in tensors}
+    if pad is None or len(shapes) == 1:
+        return torch.cat(tensors)
+    longest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    joined = tensors[0].new_full((sum(len(tensor) for tensor in tensors), *longest), pad)
+    row = 0
+    for tensor in tensors:
+        joined[(slice(row, row + len(tensor)), *map(slice, tensor.shape[1:]))] = tensor
+        row += len(tensor)
+    return joined
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:

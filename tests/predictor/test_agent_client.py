@@ -1,6 +1,7 @@
 """The client alone against a real socket: one outcome for each batch, whatever the agent does."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -30,6 +31,9 @@ class Heard:
 
     def on_function(self, info: FunctionInfo) -> None:
         pass
+
+    def on_tokenizer(self, name: str, fd: int) -> None:
+        os.close(fd)
 
     def on_gone(self, key: str) -> None:
         self.gone.append(key)
