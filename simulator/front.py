@@ -61,6 +61,11 @@ class Fronts:
         """What each function's requests met."""
         return {served.function.key: served.record for served in self._served}
 
+    def forget(self) -> None:
+        """The warm-up is over: what was recorded until now does not count."""
+        for served in self._served:
+            served.record.clear()
+
     def arrive(self, number: int) -> None:
         """A request of the function with this number: one row."""
         served, now_ns = self._served[number], self._engine.now_ns

@@ -74,6 +74,11 @@ class Pool:
         """The present."""
         return self._engine.now_ns
 
+    def forget(self) -> None:
+        """The warm-up is over: what was recorded until now does not count."""
+        for record in self.records:
+            record.clear()
+
     def arrive(self, model: int) -> None:
         """A request of this model."""
         self.queue.append(Request(model, self._engine.now_ns))

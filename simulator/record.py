@@ -60,6 +60,10 @@ class Record:
 
     def __init__(self, objective_ns: int) -> None:
         self.objective_ns = objective_ns
+        self.clear()
+
+    def clear(self) -> None:
+        """Begins anew."""
         self.parts = {part: Histogram() for part in PARTS}
         self.answered = self.cold = self.late = 0
         self.rejected: Counter[str] = Counter()

@@ -211,6 +211,11 @@ class Knative:
         for revision in self.revisions:
             revision.start()
 
+    def forget(self) -> None:
+        """The warm-up is over: what was recorded until now does not count. GPUs that are held are charged from the beginning."""
+        for revision in self.revisions:
+            revision.record.clear()
+
     def arrive(self, number: int) -> None:
         """A request of the function with this number."""
         self.revisions[number].arrive()

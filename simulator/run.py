@@ -1,0 +1,132 @@
+"""One policy on one world: who serves, from the first arrival to the last answer, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from contracts.errors import InvalidValue
+from contracts.units import MS, S
+from nodeagent.events import FunctionDeclared, FunctionSpec
+from nodeagent.settings import DeviceSpec
+from simulator.arrivals import Arrivals
+from simulator.baselines.knative import Knative
+from simulator.baselines.lalb import SKIP_LIMIT, Lalb, LoadBalancing
+from simulator.engine import Engine
+from simulator.front import Fronts
+from simulator.latency import RunTimes
+from simulator.node import SimulatedNode
+from simulator.pool import Model, Pool, Scheduler
+from simulator.record import Record
+from simulator.scenario import World
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a policy did with a world. `reserved_s`: GPU seconds that somebody held, idle or not; `busy_s`: those in which work was done."""
+
+    records: Mapping[str, Record]
+    reserved_s: float
+    busy_s: float
+    loads: int
+    gpus: int
+    facts: Mapping[str, float] = field(default_factory=dict)
+
+
+def simulate(policy: str, world: World, progress: Progress = lambda _: None) -> Outcome:
+    """Plays a world under a policy; InvalidValue lists the policies that there are."""
+    play = POLICIES.get(policy)
+    if play is None:
+        raise InvalidValue(f"must be one of {', '.join(POLICIES)}", key="policies", value=policy)
+    return play(world, progress)
+
+
+def _sluice(world: World, progress: Progress) -> Outcome:
+    """Sluice: the node agents' own state, functions dealt out to the nodes in turn, lanes up before the load begins."""
+    scenario, devices = world.scenario, world.scenario.devices
+    engine = Engine()
+    specs = [
+        DeviceSpec(f"gpu:{n}", world.device_bytes, int(devices.link_gb_per_s * 1e9), f"link:{n // devices.per_link}") for n in range(devices.count)
+    ]
+    times = RunTimes(world.latencies)
+    nodes = [SimulatedNode(engine, specs, times, scenario.hardware) for _ in range(devices.nodes)]
+    where = [nodes[number % len(nodes)] for number in range(len(world.functions))]
+    fronts = Fronts(engine, world.functions, where, int(scenario.around_ms * MS))
+    for function, weight_bytes, node in zip(world.functions, world.weight_bytes, where, strict=True):
+        run_ns = times.run_ns(function.key, 1, 100)
+        node.handle(FunctionDeclared(FunctionSpec(function.key, function.cls, function.share, function.slo, weight_bytes, run_ns)))
+    engine.settle(_START_NS)
+    engine.at(_START_NS + int(scenario.warm_up_s * S), fronts.forget)
+    engine.run(_later(world.arrivals), fronts.arrive, progress)
+    all_devices = [device for node in nodes for device in node.state.devices.values()]
+    return Outcome(
+        fronts.records,
+        reserved_s=world.arrivals.span_ns / S * devices.total,
+        busy_s=sum(device.busy_ns for device in all_devices) / S,
+        loads=sum(device.swaps for device in all_devices),
+        gpus=devices.total,
+        facts={"swapped_gb": sum(device.swapped_bytes for device in all_devices) / 1e9},
+    )
+
+
+def _whole_models(scheduler: Callable[[], Scheduler]) -> Callable[[World, Progress], Outcome]:
+    """Devices that run one request at a time and keep what they have loaded."""
+
+    def play(world: World, progress: Progress) -> Outcome:
+        scenario, engine = world.scenario, Engine()
+        pool = Pool(engine, _models(world), scenario.devices.total, world.device_bytes, scheduler())
+        engine.at(_START_NS + int(scenario.warm_up_s * S), pool.forget)
+        engine.run(_later(world.arrivals), pool.arrive, progress)
+        return Outcome(
+            {function.key: record for function, record in zip(world.functions, pool.records, strict=True)},
+            reserved_s=world.arrivals.span_ns / S * scenario.devices.total,
+            busy_s=sum(device.busy_ns for device in pool.devices) / S,
+            loads=sum(device.loads for device in pool.devices),
+            gpus=scenario.devices.total,
+        )
+
+    return play
+
+
+def _knative(world: World, progress: Progress) -> Outcome:
+    """A whole GPU for each pod, under the KPA."""
+    engine = Engine()
+    engine.settle(_START_NS)
+    knative = Knative(engine, _models(world), world.scenario.kpa, world.cluster)
+    knative.start()
+    engine.at(_START_NS + int(world.scenario.warm_up_s * S), knative.forget)
+    engine.at(_START_NS + world.arrivals.span_ns, knative.stop)
+    engine.run(_later(world.arrivals), knative.arrive, progress)
+    return Outcome(
+        {function.key: revision.record for function, revision in zip(world.functions, knative.revisions, strict=True)},
+        reserved_s=knative.gpus.reserved_ns / S,
+        busy_s=sum(revision.busy_ns for revision in knative.revisions) / S,
+        loads=0,
+        gpus=knative.gpus.most_used,
+    )
+
+
+_START_NS = 10 * S
+"""When the load begins: lanes are up by then."""
+
+POLICIES: Mapping[str, Callable[[World, Progress], Outcome]] = {
+    "sluice": _sluice,
+    "load-balancing": _whole_models(LoadBalancing),
+    "lalb": _whole_models(Lalb),
+    "lalb-o3": _whole_models(lambda: Lalb(SKIP_LIMIT)),
+    "knative": _knative,
+}
+
+
+def _later(arrivals: Arrivals) -> Arrivals:
+    return Arrivals(arrivals.names, arrivals.at_ns + _START_NS, arrivals.function, arrivals.span_ns + _START_NS)
+
+
+def _models(world: World) -> list[Model]:
+    times = RunTimes(world.latencies)
+    return [
+        Model(function.key, times.run_ns(function.key, 1, 100), weight_bytes, load_ns, function.slo.latency_ns)
+        for function, weight_bytes, load_ns in zip(world.functions, world.weight_bytes, world.load_ns, strict=True)
+    ]

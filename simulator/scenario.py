@@ -1,0 +1,228 @@
+"""Scenario files: which devices, functions and loads are simulated under which policies. Read and checked once; every error names its key.
+
+Owns the YAML schema, and what a seed makes of it: the functions, their run times and their arrivals, the same for all policies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import yaml
+from msgspec import Meta
+
+from contracts.errors import InvalidArtifact, InvalidValue, SluiceError
+from contracts.functions import Function, FunctionClass, ModelFormat, ModelRef, Share, Slo
+from contracts.units import MS, WHOLE_QUOTA_BP, S, parse_bytes
+from simulator.arrivals import Arrivals, of_many
+from simulator.baselines.knative import Cluster
+from simulator.baselines.kpa import Spec
+from simulator.generators import bursty, diurnal, poisson
+from simulator.latency import Latency, Law, tables
+from simulator.node import Hardware
+from simulator.traces import read
+
+Positive = Annotated[float, Meta(gt=0)]
+Percent = Annotated[float, Meta(gt=0, le=100)]
+Count = Annotated[int, Meta(ge=1)]
+_PATTERNS = {"poisson": poisson, "bursty": bursty, "diurnal": diurnal}
+
+
+class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A part of the file: a key that is not known is an error."""
+
+
+class Devices(_Part, frozen=True):
+    """`count` devices on each of `nodes`; `per_link` of them share a link to the host of `link_gb_per_s`."""
+
+    count: Count = 1
+    nodes: Count = 1
+    memory: str = "32Gi"
+    link_gb_per_s: Positive = 12.0
+    per_link: Count = 1
+    dollars_per_hour: Annotated[float, Meta(ge=0)] = 0.0
+
+    @property
+    def total(self) -> int:
+        """Devices of all nodes."""
+        return self.count * self.nodes
+
+
+class Times(_Part, frozen=True):
+    """A law (`fixed_ms`, `row_ms`, `needs_sm`), or a measured `table` and the `models` of it that the functions take in turn."""
+
+    fixed_ms: Annotated[float, Meta(ge=0)] = 0.0
+    row_ms: Annotated[float, Meta(ge=0)] = 0.0
+    needs_sm: Percent = 100.0
+    table: str = ""
+    models: list[str] = []
+
+
+class Load(_Part, frozen=True):
+    """Synthetic: `per_minute` requests of each function (or from a range), in a `pattern`; or the busiest functions of a `trace`.
+
+    A trace may be cut (`from_s`), run at another `speed`, and thinned or multiplied (`rate`).
+    """
+
+    per_minute: Positive | Annotated[list[Positive], Meta(min_length=2, max_length=2)] | None = None
+    pattern: str = "poisson"
+    trace: str = ""
+    from_s: Annotated[float, Meta(ge=0)] = 0.0
+    speed: Positive = 1.0
+    rate: Positive = 1.0
+
+
+class Group(_Part, frozen=True):
+    """`count` functions that are alike. `load_ms`: what frameworks need to load the model onto a GPU, for policies that do not swap."""
+
+    name: str
+    load: Load
+    time: Times
+    weights: str
+    count: Count = 1
+    slo_ms: Positive = 1000.0
+    percentile: Percent = 98.0
+    cls: FunctionClass = msgspec.field(default=FunctionClass.LATENCY_SENSITIVE, name="class")
+    max_batch: Count = 8
+    timeout_ms: Positive = 30_000.0
+    sm_percent: Annotated[int, Meta(ge=1, le=100)] = 100
+    quota_percent: Percent | None = None
+    load_ms: Annotated[float, Meta(ge=0)] = 3000.0
+
+
+class Scenario(_Part, frozen=True):
+    """One file. The first `warm_up_s` are simulated but not counted."""
+
+    name: str
+    span_s: Positive
+    functions: Annotated[list[Group], Meta(min_length=1)]
+    devices: Devices = Devices()
+    warm_up_s: Annotated[float, Meta(ge=0)] = 0.0
+    policies: Annotated[tuple[str, ...], Meta(min_length=1)] = ("sluice",)
+    seed: int = 0
+    around_ms: Annotated[float, Meta(ge=0)] = 0.0
+    hardware: Hardware = Hardware()
+    kpa: Spec = Spec()
+    pod_start_s: Positive = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """A scenario with a seed: functions by number, as arrivals count them. `load_ns`: of a framework that does not swap."""
+
+    scenario: Scenario
+    device_bytes: int
+    functions: tuple[Function, ...]
+    weight_bytes: tuple[int, ...]
+    load_ns: tuple[int, ...]
+    latencies: Mapping[str, Latency]
+    arrivals: Arrivals
+
+    @property
+    def cluster(self) -> Cluster:
+        """The same GPUs, given to pods."""
+        return Cluster(gpus=self.scenario.devices.total, pod_start_ns=int(self.scenario.pod_start_s * S))
+
+
+def load(path: Path) -> Scenario:
+    """The scenario in a YAML file; InvalidArtifact names the file, the key and what is wrong. Paths in it are relative to it."""
+    try:
+        document = yaml.safe_load(path.read_text("utf-8"))
+        return msgspec.convert(_located(document, path.parent), type=Scenario)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, msgspec.ValidationError, SluiceError) as error:
+        raise InvalidArtifact(f"is no scenario ({error})", key="scenario", value=str(path)) from None
+
+
+def build(scenario: Scenario, seed: int) -> World:
+    """Functions, run times and arrivals; InvalidValue or InvalidArtifact names what cannot be."""
+    chance = np.random.default_rng((scenario.seed, seed))
+    span_ns = int((scenario.warm_up_s + scenario.span_s) * S)
+    count = sum(group.count for group in scenario.functions)
+    functions: list[Function] = []
+    latencies: dict[str, Latency] = {}
+    parts: list[Arrivals] = []
+    for group in scenario.functions:
+        members = [_function(group, number, _fair_quota_bp(scenario, count)) for number in range(group.count)]
+        functions += members
+        for number, function in enumerate(members):
+            latencies[function.key] = _latency(group, number)
+        parts.append(_arrivals(group, [function.key for function in members], span_ns, chance))
+    at_ns = [part.at_ns[part.function == number] for part in parts for number in range(len(part.names))]
+    each = [group for group in scenario.functions for _ in range(group.count)]
+    return World(
+        scenario,
+        _bytes("devices.memory", scenario.devices.memory),
+        tuple(functions),
+        tuple(_bytes(f"functions.{group.name}.weights", group.weights) for group in each),
+        tuple(int(group.load_ms * MS) for group in each),
+        latencies,
+        of_many([function.key for function in functions], at_ns, span_ns),
+    )
+
+
+def _fair_quota_bp(scenario: Scenario, count: int) -> int:
+    """Nine tenths of all time, in equal parts."""
+    return max(1, min(WHOLE_QUOTA_BP, scenario.devices.total * WHOLE_QUOTA_BP * 9 // 10 // count))
+
+
+def _function(group: Group, number: int, fair_bp: int) -> Function:
+    quota_bp = fair_bp if group.quota_percent is None else max(1, round(group.quota_percent * 100))
+    return Function(
+        name=f"{group.name}-{number}" if group.count > 1 else group.name,
+        model=ModelRef(ModelFormat.CATALOG, group.name),
+        cls=group.cls,
+        share=Share(group.sm_percent, quota_bp),
+        slo=Slo(int(group.slo_ms * MS), group.percentile),
+        max_batch=group.max_batch,
+        timeout_ns=int(group.timeout_ms * MS),
+    )
+
+
+def _latency(group: Group, number: int) -> Latency:
+    time = group.time
+    if not time.table:
+        if not time.fixed_ms + time.row_ms:
+            raise InvalidValue("needs fixed_ms, row_ms or a table", key=f"functions.{group.name}.time", value=0)
+        return Law(time.fixed_ms, time.row_ms, time.needs_sm)
+    found = tables(Path(time.table))
+    model = (time.models or sorted(found))[number % len(time.models or found)]
+    if model not in found:
+        raise InvalidValue(f"is not in the table {time.table}", key=f"functions.{group.name}.time.models", value=model)
+    return found[model]
+
+
+def _arrivals(group: Group, names: Sequence[str], span_ns: int, chance: np.random.Generator) -> Arrivals:
+    key, asked = f"functions.{group.name}.load", group.load
+    if (asked.per_minute is None) == (not asked.trace):
+        raise InvalidValue("needs either per_minute or a trace", key=key, value=asked.trace)
+    if asked.trace:
+        trace = read(Path(asked.trace), chance).busiest(len(names), names).faster(asked.speed)
+        start_ns = int(asked.from_s * S)
+        return trace.between(start_ns, min(trace.span_ns, start_ns + span_ns)).at_rate(asked.rate, chance)
+    if asked.pattern not in _PATTERNS:
+        raise InvalidValue(f"must be one of {', '.join(_PATTERNS)}", key=f"{key}.pattern", value=asked.pattern)
+    low, high = asked.per_minute if isinstance(asked.per_minute, list) else (asked.per_minute, asked.per_minute)
+    assert low is not None and high is not None
+    rates = chance.uniform(low, high, len(names)) / 60
+    return of_many(names, [_PATTERNS[asked.pattern](rate, span_ns, chance) for rate in rates], span_ns)
+
+
+def _located(value: Any, folder: Path) -> Any:
+    """The document with its file names made absolute."""
+    if isinstance(value, dict):
+        return {
+            key: str(folder / found) if key in ("table", "trace") and isinstance(found, str) else _located(found, folder)
+            for key, found in value.items()
+        }
+    return [_located(found, folder) for found in value] if isinstance(value, list) else value
+
+
+def _bytes(key: str, text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise InvalidValue(str(error), key=key, value=text) from None
