@@ -45,7 +45,7 @@ class Planner(Protocol):
 class Plan:
     """What a sweep measures, and when it ends.
 
-    When the planner expects no more than `target_error` (None: with the whole grid), or after `budget_s`, which all functions share (None: no limit).
+    When the planner expects no more than `target_error` (None: with the whole grid), or after `budget_s` of measuring, which all functions share.
     """
 
     batches: tuple[int, ...] = (1, 2, 4, 8)
@@ -122,15 +122,16 @@ def sweep(
     own error when it cannot be served. Whatever is raised, what was measured is kept.
     """
     plan, node = plan or Plan(), node or NodeOptions()
-    begun = time.monotonic()
-    outcomes = []
+    outcomes: list[Outcome] = []
+    spent_s = 0.0
     with running(functions, node) as session:
         device, facts = facts_of(session, node)
         with Table(path, device, facts) as table:
             for done, function in enumerate(functions):
-                left_s = None if plan.budget_s is None else (plan.budget_s - (time.monotonic() - begun)) / (len(functions) - done)
+                budget_s = None if plan.budget_s is None else (plan.budget_s - spent_s) / (len(functions) - done)
                 one = _Sweep(session, table, device, function, plan, planner(function, table.header.devices[device]), on_progress)
-                outcomes.append(one.run(left_s))
+                outcomes.append(one.run(budget_s))
+                spent_s += one.spent_s
     return outcomes
 
 
@@ -164,9 +165,13 @@ class _Sweep:
         self._plan = plan
         self._planner = planner
         self._on_progress = on_progress
-        self._begun = time.monotonic()
         self._error: float | None = None
         self._caller: tuple[int, Caller] | None = None
+
+    @property
+    def spent_s(self) -> float:
+        """How long it has measured; loading the model does not count."""
+        return time.monotonic() - self._begun
 
     def run(self, budget_s: float | None) -> Outcome:
         """Measures until one of the ends."""
@@ -176,9 +181,12 @@ class _Sweep:
             self._watch.require_quiet()
         self._signature: Signature = describe(self._function.model).signature
         grid = self._plan.grid(self._signature.batchable)
+        # Cut from one sample, smaller batches have the same lengths of texts and recordings: only the rows change.
+        self._inputs = sample_inputs(self._function.model, max(config.batch for config in grid), self._plan.seed)
         with self._session.serving(self._function, WHOLE) as self._key:
             try:
                 self._identify()
+                self._begun = time.monotonic()
                 reason = self._measure(grid)
             finally:
                 self._let_go()
@@ -192,7 +200,7 @@ class _Sweep:
             left = self._open(grid)
             if not left:
                 return "grid"
-            if self._budget_s is not None and time.monotonic() - self._begun >= self._budget_s:
+            if self._budget_s is not None and self.spent_s >= self._budget_s:
                 return "budget"
             config = self._choose(grid, left)
             if config is None:
@@ -284,7 +292,7 @@ class _Sweep:
         """The connection that sends batches of this size; one at a time is open."""
         if self._caller is None or self._caller[0] != batch:
             self._let_go()
-            inputs = sample_inputs(self._function.model, batch, self._plan.seed)
+            inputs = {name: array[:batch] for name, array in self._inputs.items()}
             self._caller = batch, self._session.caller(self._key, self._signature, inputs)
         return self._caller[1]
 
@@ -294,8 +302,8 @@ class _Sweep:
             self._caller = None
 
     def _tell(self, grid: Sequence[Config], point: Point | None) -> None:
-        spent_s = time.monotonic() - self._begun
-        self._on_progress(Progress(self._function.key, len(self._known(grid)), len(grid), self._error, spent_s, self._budget_s, point))
+        measured = len(self._known(grid))
+        self._on_progress(Progress(self._function.key, measured, len(grid), self._error, self.spent_s, self._budget_s, point))
 
 
 def corners(grid: Sequence[Config]) -> list[Config]:
