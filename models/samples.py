@@ -73,6 +73,15 @@ def sample_inputs(ref: ModelRef, rows: int, seed: int) -> Arrays:
     return _plain(random, rows, signature)
 
 
+def sample_texts(rows: int, seed: int) -> list[str]:
+    """Texts of one to three sentences, for models that take text."""
+    return _paragraphs(np.random.default_rng(seed), rows)
+
+
+def _paragraphs(random: np.random.Generator, rows: int) -> list[str]:
+    return [" ".join(_sentence(random) for _ in range(random.integers(1, 4))) for _ in range(rows)]
+
+
 def _sentence(random: np.random.Generator) -> str:
     parts = [str(random.choice(words)) for words in (_SUBJECTS, _VERBS, _OBJECTS, _ENDS)]
     return f"{parts[0]} {parts[1]} {parts[2]}{parts[3]}."
@@ -80,8 +89,7 @@ def _sentence(random: np.random.Generator) -> str:
 
 def _texts(random: np.random.Generator, rows: int, vocabulary: int, limit: int, masked: bool) -> Arrays:
     """Token ids of one to three sentences a row. With a mask, shorter rows are padded; without one, longer rows are cut."""
-    texts = [" ".join(_sentence(random) for _ in range(random.integers(1, 4))) for _ in range(rows)]
-    ids = [tokens[:limit] for tokens in _tokens(texts, vocabulary)]
+    ids = [tokens[:limit] for tokens in _tokens(_paragraphs(random, rows), vocabulary)]
     length = max(map(len, ids)) if masked else min(map(len, ids))
     table = np.zeros((rows, length), np.int64)
     mask = np.zeros((rows, length), np.int64)

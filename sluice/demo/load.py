@@ -71,12 +71,15 @@ class Answer(msgspec.Struct):
 
 
 def request_body(inputs: Tensors) -> bytes:
-    """A V2 JSON request. Floats are written so that reading them gives the same bits."""
+    """A V2 JSON request, of numbers or of text. Floats are written so that reading them gives the same bits."""
     tensors = [
-        {"name": name, "shape": list(array.shape), "datatype": _NAMES.get(array.dtype.name, array.dtype.name.upper()), "data": array.ravel().tolist()}
-        for name, array in inputs.items()
+        {"name": name, "shape": list(array.shape), "datatype": _datatype(array), "data": array.ravel().tolist()} for name, array in inputs.items()
     ]
     return msgspec.json.encode({"inputs": tensors})
+
+
+def _datatype(array: NDArray[np.generic]) -> str:
+    return "BYTES" if array.dtype.kind == "U" else _NAMES.get(array.dtype.name, array.dtype.name.upper())
 
 
 def decode_answer(body: bytes) -> Answer:
