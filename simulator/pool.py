@@ -1,7 +1,7 @@
-"""Devices that run whole requests one after another and keep whole models: the world of the baselines that share no GPU.
+"""Devices that run whole requests one after another and keep whole models: the world of the baselines that share no GPU at a time.
 
-Owns queues, what each device holds and how long things take: a model that is not there is loaded before its request runs. Which request goes where is
-decided by a `Scheduler`, one module for each paper.
+Owns queues, what each device holds and how long things take: a model that is not there is loaded by its framework, or swapped in from host memory.
+Which request goes where and which models have to go is decided by a `Scheduler`, one module for each paper.
 """
 
 from __future__ import annotations
@@ -12,18 +12,32 @@ from typing import Protocol
 
 import msgspec
 
+from contracts.units import S
 from simulator.engine import Engine
 from simulator.record import Record
 
 
 class Model(msgspec.Struct, frozen=True):
-    """What one request costs: GPU time, weights, and the time to load them onto a device (not counting what runs there)."""
+    """What one request costs: GPU time, weights, and a framework's time to load them. `percentile` of the requests should take `objective_ns`."""
 
     key: str
     run_ns: int
     weight_bytes: int
     load_ns: int
     objective_ns: int
+    percentile: float = 98.0
+
+
+class Swapping(msgspec.Struct, frozen=True):
+    """Weights come from host memory, layer by layer while the first already run: `per_link` devices share a link, whole copies go one after another.
+
+    `tail` is the part of a run that follows the last weights. With `peer_bytes_per_s` a model that another device holds comes from there.
+    """
+
+    bytes_per_s: int
+    per_link: int = 1
+    tail: float = 0.1
+    peer_bytes_per_s: int = 0
 
 
 class Request:
@@ -40,7 +54,7 @@ class Request:
 class PoolDevice:
     """A device: its models from least to most recently used, its own queue, and when what runs and waits on it will be done."""
 
-    __slots__ = ("busy", "busy_ns", "done_ns", "free_bytes", "loads", "models", "number", "queue")
+    __slots__ = ("busy", "busy_ns", "done_ns", "free_bytes", "loading_ns", "loads", "models", "number", "queue")
 
     def __init__(self, number: int, capacity_bytes: int) -> None:
         self.number = number
@@ -48,7 +62,12 @@ class PoolDevice:
         self.models: OrderedDict[int, None] = OrderedDict()
         self.queue: deque[Request] = deque()
         self.busy = False
-        self.busy_ns = self.done_ns = self.loads = 0
+        self.busy_ns = self.done_ns = self.loading_ns = self.loads = 0
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs or waits here."""
+        return not self.busy and not self.queue
 
 
 class Scheduler(Protocol):
@@ -57,17 +76,32 @@ class Scheduler(Protocol):
     def dispatch(self, pool: Pool) -> list[tuple[Request, PoolDevice]]:
         """Takes requests out of `pool.queue`, each for a device: an idle one runs it at once, a busy one keeps it in its own queue."""
 
+    def victim(self, pool: Pool, device: PoolDevice) -> int:
+        """The model that has to go next from a device that needs room."""
+
+
+class LeastRecentlyUsed:
+    """The usual victim."""
+
+    def victim(self, pool: Pool, device: PoolDevice) -> int:
+        """`Scheduler`."""
+        return next(iter(device.models))
+
 
 class Pool:
-    """All devices and the queue before them. `models` by the number that arrivals use."""
+    """All devices and the queue before them. `models` by the number that arrivals use; without `swapping` frameworks load them."""
 
-    def __init__(self, engine: Engine, models: Sequence[Model], devices: int, capacity_bytes: int, scheduler: Scheduler) -> None:
+    def __init__(
+        self, engine: Engine, models: Sequence[Model], devices: int, capacity_bytes: int, scheduler: Scheduler, swapping: Swapping | None = None
+    ) -> None:
         self.models = models
+        self.swapping = swapping
         self.devices = [PoolDevice(number, capacity_bytes) for number in range(devices)]
         self.queue: deque[Request] = deque()
         self.records = [Record(model.objective_ns) for model in models]
         self._engine = engine
         self._scheduler = scheduler
+        self._link_free_ns = [0] * devices
 
     @property
     def now_ns(self) -> int:
@@ -88,7 +122,7 @@ class Pool:
         for request, device in self._scheduler.dispatch(self):
             model = self.models[request.model]
             held = request.model in device.models or any(other.model == request.model for other in device.queue)
-            device.done_ns = max(device.done_ns, self.now_ns) + model.run_ns + (0 if held else model.load_ns)
+            device.done_ns = max(device.done_ns, self.now_ns) + model.run_ns + (0 if held else self.expected_load_ns(model))
             device.queue.append(request)
             self._start(device)
 
@@ -97,27 +131,46 @@ class Pool:
             return
         request = device.queue.popleft()
         model, cold = self.models[request.model], request.model not in device.models
-        if cold:
-            self._make_room(device, model.weight_bytes)
-            device.free_bytes -= model.weight_bytes
-            device.loads += 1
-            device.models[request.model] = None
+        load_ns = self._load(device, request.model) if cold else 0
         device.models.move_to_end(request.model)
         device.busy = True
-        load_ns = model.load_ns if cold else 0
-        self._engine.at(self.now_ns + load_ns + model.run_ns, self._finish, device, request, self.now_ns, load_ns)
+        self._engine.at(self.now_ns + load_ns + model.run_ns, self._finish, device, request, self.now_ns, load_ns, cold)
 
-    def _make_room(self, device: PoolDevice, nbytes: int) -> None:
-        """Forgets the models that were used longest ago."""
-        while device.free_bytes < nbytes:
-            oldest, _ = device.models.popitem(last=False)
-            device.free_bytes += self.models[oldest].weight_bytes
+    def expected_load_ns(self, model: Model) -> int:
+        """What a load onto an idle device adds to a run, if its link is free."""
+        if self.swapping is None:
+            return model.load_ns
+        return self._added_ns(model, model.weight_bytes * S // self.swapping.bytes_per_s)
 
-    def _finish(self, device: PoolDevice, request: Request, started_ns: int, load_ns: int) -> None:
+    def _load(self, device: PoolDevice, number: int) -> int:
+        """Makes room and loads; returns what that adds to the run."""
+        model = self.models[number]
+        held_elsewhere = any(number in other.models for other in self.devices)
+        while device.free_bytes < model.weight_bytes:
+            victim = self._scheduler.victim(self, device)
+            del device.models[victim]
+            device.free_bytes += self.models[victim].weight_bytes
+        device.free_bytes -= model.weight_bytes
+        device.loads += 1
+        device.models[number] = None
+        if self.swapping is None:
+            return model.load_ns
+        if held_elsewhere and self.swapping.peer_bytes_per_s:
+            return self._added_ns(model, model.weight_bytes * S // self.swapping.peer_bytes_per_s)
+        link = device.number // self.swapping.per_link
+        begin_ns = max(self.now_ns, self._link_free_ns[link])
+        device.loading_ns = self._link_free_ns[link] = begin_ns + model.weight_bytes * S // self.swapping.bytes_per_s
+        return self._added_ns(model, device.loading_ns - self.now_ns)
+
+    def _added_ns(self, model: Model, copy_ns: int) -> int:
+        assert self.swapping is not None
+        return max(0, copy_ns + int(model.run_ns * self.swapping.tail) - model.run_ns)
+
+    def _finish(self, device: PoolDevice, request: Request, started_ns: int, load_ns: int, cold: bool) -> None:
         run_ns = self.models[request.model].run_ns
         device.busy_ns += load_ns + run_ns
         device.busy = False
         record = self.records[request.model]
-        record.answer(self.now_ns - request.arrived_ns, started_ns - request.arrived_ns, load_ns, run_ns, cold=load_ns > 0)
+        record.answer(self.now_ns - request.arrived_ns, started_ns - request.arrived_ns, load_ns, run_ns, cold=cold)
         self._start(device)
         self._dispatch()

@@ -12,11 +12,12 @@ from nodeagent.settings import DeviceSpec
 from simulator.arrivals import Arrivals
 from simulator.baselines.knative import Knative
 from simulator.baselines.lalb import SKIP_LIMIT, Lalb, LoadBalancing
+from simulator.baselines.torpor import Torpor
 from simulator.engine import Engine
 from simulator.front import Fronts
 from simulator.latency import RunTimes
 from simulator.node import SimulatedNode
-from simulator.pool import Model, Pool, Scheduler
+from simulator.pool import Model, Pool, Scheduler, Swapping
 from simulator.record import Record
 from simulator.scenario import World
 
@@ -71,12 +72,13 @@ def _sluice(world: World, progress: Progress) -> Outcome:
     )
 
 
-def _whole_models(scheduler: Callable[[], Scheduler]) -> Callable[[World, Progress], Outcome]:
-    """Devices that run one request at a time and keep what they have loaded."""
+def _whole_gpus(scheduler: Callable[[], Scheduler], *, swapping: bool = False) -> Callable[[World, Progress], Outcome]:
+    """Devices that run one request at a time and keep what they have loaded, by its framework or by swapping."""
 
     def play(world: World, progress: Progress) -> Outcome:
         scenario, engine = world.scenario, Engine()
-        pool = Pool(engine, _models(world), scenario.devices.total, world.device_bytes, scheduler())
+        swaps = Swapping(int(scenario.devices.link_gb_per_s * 1e9), scenario.devices.per_link, scenario.hardware.tail) if swapping else None
+        pool = Pool(engine, _models(world), scenario.devices.total, world.device_bytes, scheduler(), swaps)
         engine.at(_START_NS + int(scenario.warm_up_s * S), pool.forget)
         engine.run(_later(world.arrivals), pool.arrive, progress)
         return Outcome(
@@ -113,9 +115,10 @@ _START_NS = 10 * S
 
 POLICIES: Mapping[str, Callable[[World, Progress], Outcome]] = {
     "sluice": _sluice,
-    "load-balancing": _whole_models(LoadBalancing),
-    "lalb": _whole_models(Lalb),
-    "lalb-o3": _whole_models(lambda: Lalb(SKIP_LIMIT)),
+    "torpor": _whole_gpus(Torpor, swapping=True),
+    "lalb": _whole_gpus(Lalb),
+    "lalb-o3": _whole_gpus(lambda: Lalb(SKIP_LIMIT)),
+    "load-balancing": _whole_gpus(LoadBalancing),
     "knative": _knative,
 }
 
@@ -127,6 +130,6 @@ def _later(arrivals: Arrivals) -> Arrivals:
 def _models(world: World) -> list[Model]:
     times = RunTimes(world.latencies)
     return [
-        Model(function.key, times.run_ns(function.key, 1, 100), weight_bytes, load_ns, function.slo.latency_ns)
+        Model(function.key, times.run_ns(function.key, 1, 100), weight_bytes, load_ns, function.slo.latency_ns, function.slo.percentile)
         for function, weight_bytes, load_ns in zip(world.functions, world.weight_bytes, world.load_ns, strict=True)
     ]

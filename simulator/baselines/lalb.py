@@ -6,22 +6,22 @@ used has to go.
 
 from __future__ import annotations
 
-from simulator.pool import Pool, PoolDevice, Request
+from simulator.pool import LeastRecentlyUsed, Pool, PoolDevice, Request
 
 SKIP_LIMIT = 25
 """How often a request may be passed over under O3 (the paper's choice)."""
 
 
-class LoadBalancing:
+class LoadBalancing(LeastRecentlyUsed):
     """First come, first served: the head of the queue goes to whichever device is idle."""
 
     def dispatch(self, pool: Pool) -> list[tuple[Request, PoolDevice]]:
         """`Scheduler`."""
-        idle = [device for device in pool.devices if not device.busy and not device.queue]
+        idle = [device for device in pool.devices if device.idle]
         return [(pool.queue.popleft(), device) for device in idle[: len(pool.queue)]]
 
 
-class Lalb:
+class Lalb(LeastRecentlyUsed):
     """The head of the queue goes where its model is.
 
     That is an idle device that holds it; else a busy one that does, if it will be done sooner than a load takes; else it is loaded on an idle one.
@@ -33,7 +33,7 @@ class Lalb:
 
     def dispatch(self, pool: Pool) -> list[tuple[Request, PoolDevice]]:
         """`Scheduler`."""
-        idle = [device for device in pool.devices if not device.busy and not device.queue]
+        idle = [device for device in pool.devices if device.idle]
         given: list[tuple[Request, PoolDevice]] = []
         while idle and pool.queue:
             hit = self._hit(pool, idle)
@@ -63,6 +63,6 @@ class Lalb:
         model = pool.models[request.model]
         holders = [device for device in pool.devices if device not in idle and request.model in device.models]
         soonest = min(holders, key=lambda device: device.done_ns, default=None)
-        if soonest is not None and soonest.done_ns - pool.now_ns < model.load_ns:
+        if soonest is not None and soonest.done_ns - pool.now_ns < pool.expected_load_ns(model):
             return request, soonest
         return request, idle[0]
