@@ -162,9 +162,9 @@ class LaneState(enum.Enum):
 
 
 class Lane:
-    """A lane of a device. `since_ns` is when it took up its present state."""
+    """A lane of a device. `since_ns` is when it took up its present state; `doomed`: its batch hangs, and it was told to end."""
 
-    __slots__ = ("device", "key", "number", "request", "since_ns", "state")
+    __slots__ = ("device", "doomed", "key", "number", "request", "since_ns", "state")
 
     def __init__(self, number: int, device: Device, key: LaneKey, now_ns: int) -> None:
         self.number = number
@@ -173,6 +173,7 @@ class Lane:
         self.state = LaneState.STARTING
         self.request: RequestState | None = None
         self.since_ns = now_ns
+        self.doomed = False
 
     @property
     def sm_percent(self) -> int:
@@ -187,7 +188,7 @@ class Lane:
     @property
     def preemptible(self) -> bool:
         """Its batch may be asked to pause."""
-        return self.state is LaneState.RUNNING and self.key[1] is FunctionClass.BEST_EFFORT
+        return self.state is LaneState.RUNNING and self.key[1] is FunctionClass.BEST_EFFORT and not self.doomed
 
     @property
     def serving(self) -> bool:

@@ -135,7 +135,7 @@ class StartLane(Command, frozen=True):
 
 
 class StopLane(Command, frozen=True):
-    """Stop an idle lane; LaneLost follows."""
+    """End a lane: one that is idle, or one whose batch hangs, which takes force; LaneLost follows."""
 
     lane: int
 

@@ -7,8 +7,11 @@ from nodeagent import events as ev
 from nodeagent.entities import Device, Lane, LaneKey, LaneState
 from nodeagent.node import Node
 from nodeagent.swaps import Swaps
+from nodeagent.tokens import NEVER_NS
 
 _FIRST_BACKOFF_NS = S // 10
+_HANG_FACTOR = 10
+_TRUSTED_PERIODS = 20
 
 
 class LanePool:
@@ -17,6 +20,8 @@ class LanePool:
     def __init__(self, node: Node, swaps: Swaps) -> None:
         self.node = node
         self._swaps = swaps
+        self.watch_ns = NEVER_NS
+        """When `end_hung` is next needed."""
 
     def occupy(self, lane: Lane, now_ns: int) -> None:
         """A batch starts or goes on: the lane holds its SMs."""
@@ -24,6 +29,7 @@ class LanePool:
         lane.since_ns = now_ns
         lane.device.running_sm += lane.sm_percent
         lane.device.pausable += lane.preemptible
+        self.watch_ns = min(self.watch_ns, now_ns + self.node.settings.hang_ns)
 
     def pause(self, lane: Lane) -> None:
         """Asks its batch to stand still at the next gate; it holds its SMs until then."""
@@ -78,6 +84,30 @@ class LanePool:
         if not any(task.lane == lane.number for task in lane.device.link.tasks.values()):
             self.vacate(lane, LaneState.STOPPING, now_ns)
             self.node.emit(ev.StopLane(lane.number))
+
+    def end_hung(self, now_ns: int) -> None:
+        """Ends lanes whose batch runs far beyond all that is expected. It keeps its SMs until it has gone; its batch is a lost lane's."""
+        if now_ns < self.watch_ns:
+            return
+        self.watch_ns = NEVER_NS
+        for lane in self.node.lanes.values():
+            if lane.active and not lane.doomed:
+                hangs_ns = self._hangs_ns(lane)
+                if hangs_ns <= now_ns:
+                    lane.device.pausable -= lane.preemptible
+                    lane.doomed = True
+                    self.node.emit(ev.StopLane(lane.number))
+                else:
+                    self.watch_ns = min(self.watch_ns, hangs_ns)
+
+    def _hangs_ns(self, lane: Lane) -> int:
+        """When its batch counts as hung: after its deadline (one far away is not trusted), and after ten times what run and copy should take."""
+        request = lane.request
+        assert request is not None
+        hang_ns = self.node.settings.hang_ns
+        copy_ns = lane.device.link.swap_ns(request.extent.nbytes) if request.extent.copy else 0
+        patience_ns = max(hang_ns, _HANG_FACTOR * (request.estimate_ns + copy_ns))
+        return max(lane.since_ns + patience_ns, min(request.deadline_ns, lane.since_ns + _TRUSTED_PERIODS * hang_ns))
 
     def drop(self, lane: Lane, now_ns: int) -> None:
         """The lane has gone: its copies are lost; starts are slowed down when lanes keep failing before they serve."""

@@ -26,3 +26,4 @@ class Settings(msgspec.Struct, frozen=True):
     skip_limit: int = 25
     max_lanes_per_device: int = 12
     lane_idle_ns: int = 30_000 * MS
+    hang_ns: int = 30_000 * MS

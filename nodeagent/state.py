@@ -65,7 +65,7 @@ class NodeState:
 
     def next_tick_ns(self) -> int | None:
         """When a Tick is needed if nothing else happens first; None when never."""
-        at = min(self._next_deadline_ns() + 1, self._dispatcher.next_ns, self._reap_at_ns)
+        at = min(self._next_deadline_ns() + 1, self._dispatcher.next_ns, self._reap_at_ns, self._pool.watch_ns)
         return None if at >= NEVER_NS else at
 
     def refusal(self, key: str, share: Share, weight_bytes: int = 0) -> str | None:
@@ -289,7 +289,8 @@ class NodeState:
         self._settle(function, now_ns)
 
     def _tick(self, event: ev.Tick, now_ns: int) -> None:
-        """Stops lanes of a size that no function has any more."""
+        """Ends lanes that hang, and stops those of a size that no function has any more."""
+        self._pool.end_hung(now_ns)
         if now_ns < self._reap_at_ns:
             return
         self._reap_at_ns = NEVER_NS

@@ -45,7 +45,7 @@ class Agent:
         self._options = options
         self._loop = asyncio.get_running_loop()
         self._started_ns = time.monotonic_ns()
-        self._state = NodeState([_device(name, options) for name in options.devices], Settings(window_ns=options.window_ns))
+        self._state = NodeState([_device(name, options) for name in options.devices], Settings(window_ns=options.window_ns, hang_ns=options.hang_ns))
         self._requests: dict[int, Request] = {}
         self._events: deque[events.Event] = deque()
         self._handling = False

@@ -79,8 +79,9 @@ class Lanes:
         os.close(page_fd)
 
     def stop(self, lane: int) -> None:
-        """Ends an idle lane; `lane_lost` follows."""
-        self._lanes[lane].close()
+        """Ends a lane that is idle, or that hangs; `lane_lost` follows."""
+        ending = self._lanes[lane]
+        ending.close(Unavailable("its batch hangs") if ending.at_work else None)
 
     async def close(self) -> None:
         """Ends every lane and the fork server, and waits until they have gone."""

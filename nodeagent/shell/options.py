@@ -35,6 +35,7 @@ class Options(msgspec.Struct, frozen=True):
     activation_bytes: int = 0
     metrics_port: int | None = None
     drain_ns: int = 10_000 * MS
+    hang_ns: int = 30_000 * MS
     adopt_ns: int = 60_000 * MS
     remove_store: bool = False
     worker_command: tuple[str, ...] = (sys.executable, "-m", "predictor.worker")
@@ -57,6 +58,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     )
     parser.add_argument("--metrics-port", type=int, help="serve Prometheus metrics on this port of 127.0.0.1")
     parser.add_argument("--drain-seconds", type=_positive, default=10, help="how long SIGTERM waits for accepted requests")
+    parser.add_argument("--hang-seconds", type=_positive, default=30, help="the least time after which a batch that does not end has its lane killed")
     parser.add_argument("--remove-store", action="store_true", help="delete the host weight store at a clean end (else the next agent adopts it)")
     given = parser.parse_args(arguments)
     if len(set(given.device)) != len(given.device):
@@ -78,6 +80,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         activation_bytes=given.activation_memory,
         metrics_port=given.metrics_port,
         drain_ns=given.drain_seconds * 1000 * MS,
+        hang_ns=given.hang_seconds * 1000 * MS,
         remove_store=given.remove_store,
     )
 

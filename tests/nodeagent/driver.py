@@ -49,8 +49,11 @@ class Driver:
             case ev.StartLane():
                 self.starting[command.lane] = command
             case ev.StopLane():
-                assert command.lane not in self.running and command.lane not in self.paused, "an idle lane only may be stopped"
+                lane = self.state.lanes[command.lane]
+                assert lane.request is None or (lane.active and self.now_ns - lane.since_ns >= self.state.settings.hang_ns), "idle, or hung"
                 del self.up[command.lane]
+                self.running.pop(command.lane, None)
+                self.preempted.discard(command.lane)
                 self.starting[command.lane] = ev.StartLane(command.lane, "", 1, FunctionClass.BEST_EFFORT)
             case ev.Run():
                 assert command.lane in self.up and command.lane not in self.running and command.lane not in self.paused, "one batch at a time"
@@ -105,7 +108,7 @@ class Driver:
                 self.up[lane] = command
                 self.send(ev.LaneUp(lane))
             else:
-                self.send(ev.LaneLost(lane))
+                self.lose(lane)
 
     def copy_on(self, copy: int, nbytes: int | None = None) -> None:
         """A copy moves as far as it may."""
@@ -156,3 +159,21 @@ class Driver:
             self.now_ns = max(self.now_ns + step_ns, min(tick or 0, self.now_ns + S))
             self.send(ev.Tick())
         raise AssertionError(f"never answered: {sorted(self.accepted - set(self.outcomes))[:10]}")
+
+
+def warm(driver: Driver, *names: str) -> None:
+    """Each function runs once, so that its lane is up and its weights are resident."""
+    for at, name in enumerate(names, 1):
+        driver.lanes_up()
+        driver.arrive(-at, name)
+        driver.drain()
+
+
+def of(commands: list[ev.Command], kind: type[ev.Command]) -> list[ev.Command]:
+    """The commands of one kind."""
+    return [command for command in commands if isinstance(command, kind)]
+
+
+def runs(commands: list[ev.Command]) -> list[str]:
+    """The functions that are told to run."""
+    return [command.function for command in commands if isinstance(command, ev.Run)]

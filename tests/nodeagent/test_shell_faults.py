@@ -66,9 +66,31 @@ def test_kill_9_of_a_lane_under_load_answers_everything_once(node: Node, control
     eventually(lambda: _descriptors(node.process.pid) <= before, "the closing of the lanes' descriptors")
 
 
+@pytest.mark.parametrize("way", ["a batch that does not end", "a lane that stands still"])
+def test_a_lane_that_hangs_is_killed_and_replaced_and_its_batch_is_answered(way: str, start: Callable[..., Node]) -> None:
+    node = start("--hang-seconds", "1").ready()
+    control = Control(node.run_dir)
+    control.grant()
+    stands_still = way == "a lane that stands still"
+    control.declare(function("bad", "add?value=1" if stands_still else "add?fault=hang", share=Share(100, 1000)))
+    control.declare(function("good", "add?value=2", share=Share(100, 1000)))
+    predictor = Predictor(node.run_dir)
+    predictor.call("default/good", ROWS)
+    (lane,) = _lanes(control)
+    if stands_still:
+        os.kill(lane, signal.SIGSTOP)
+    batch = predictor.submit("default/bad", ROWS, timeout_ns=3 * S)
+    outcome = predictor.outcome(batch)
+    assert isinstance(outcome, Failed)
+    assert outcome.kind == Unavailable.__name__, outcome
+    np.testing.assert_array_equal(predictor.call("default/good", ROWS)[0], ROWS + 2)
+    assert lane not in _lanes(control)
+    eventually(lambda: not psutil.pid_exists(lane), "the end of its process")
+
+
 def test_a_lane_that_cannot_prove_its_cap_does_not_serve(control: Control, predictor: Predictor) -> None:
     control.declare(function("liar", "add?value=1", share=Share(LYING_SM, 100)), function("good", "add?value=2"))
-    batch = predictor.submit("default/liar", ROWS, timeout_ns=S)
+    batch = predictor.submit("default/liar", ROWS, timeout_ns=3 * S)
     np.testing.assert_array_equal(predictor.call("default/good", ROWS)[0], ROWS + 2)
     outcome = predictor.outcome(batch)
     assert isinstance(outcome, Failed)

@@ -23,7 +23,7 @@ class History:
 
     def __init__(self, chance: random.Random, devices: int) -> None:
         self.chance = chance
-        self.driver = Driver(devices, 64 * MIB, Settings(chunk_bytes=MIB, max_lanes_per_device=4))
+        self.driver = Driver(devices, 64 * MIB, Settings(chunk_bytes=MIB, max_lanes_per_device=4, hang_ns=2 * S))
         self.names: list[str] = []
         self.requests = 0
         self.generations = 0
