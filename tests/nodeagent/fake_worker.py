@@ -1,7 +1,8 @@
 """A fork server and lanes at the seam of `predictor.worker`, without torch: copies weights into the slab and adds their first number to each input.
 
 What a model's options ask for: `fault=error` fails the batch, `fault=crash` kills the lane, `fault=once` kills the first lane that runs it,
-`fault=hang` never ends, `fault=attach` fails the attach, `fault=lie` answers for another batch; `gate=FILE` waits for a file. A lane of `LYING_SM` percent proves another cap.
+`fault=hang` never ends, `fault=attach` fails the attach, `fault=lie` answers for another batch; `gate=FILE` waits for a file. A lane of `LYING_SM`
+percent proves another cap.
 """
 
 from __future__ import annotations
