@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contracts.artifact import Gate, Program, Signature, TensorEntry, TensorSpec, WeightIndex, decode_index
+from contracts.artifact import Gate, Program, Signature, TensorEntry, TensorSpec, Text, WeightIndex, decode_index
 from contracts.errors import InvalidArtifact, InvalidTensor
 
 SIGNATURE = Signature(
@@ -47,6 +47,39 @@ def test_models_that_differ_in_weights_alone_share_a_program():
     assert msgspec.structs.replace(INDEX, program=Program("catalog", "mlp")).program_id != INDEX.program_id
 
 
+def padded(*pads, dims=("length",), **more):
+    inputs = tuple(msgspec.structs.replace(spec, pad=pad, **more) for spec, pad in zip(SIGNATURE.inputs, pads, strict=True))
+    return changed(signature=msgspec.structs.replace(SIGNATURE, inputs=inputs, padded=dims))
+
+
+def text(**values):
+    fields = {"tokenizer": f"{'0' * 64}.tokenizer", "max_tokens": 8} | values
+    return changed(signature=msgspec.structs.replace(SIGNATURE, text=Text(**fields)))
+
+
+@pytest.mark.parametrize("data", [padded(0, 0), padded(1 << 62, 0), padded(-5, 1), text(), text(max_tokens=1)])
+def test_padding_and_text_are_part_of_a_signature(data):
+    assert msgspec.json.encode(decode_index(data)) == data
+
+
+@pytest.mark.parametrize(
+    ("dtype", "right", "wrong"),
+    [
+        ("BOOL", 1, 2),
+        ("UINT8", 255, 256),
+        ("UINT8", 0, -1),
+        ("INT8", -128, -129),
+        ("INT32", 1 << 30, 1 << 31),
+        ("FP16", 256, 257),
+        ("BF16", -256, -257),
+    ],
+)
+def test_what_pads_an_input_must_be_a_value_of_its_type(dtype, right, wrong):
+    assert decode_index(padded(right, right, dtype=dtype)).signature.inputs[0].pad == right
+    with pytest.raises(InvalidArtifact, match=rf"ids: must say with which {dtype} it is padded, got {wrong}"):
+        decode_index(padded(wrong, right, dtype=dtype))
+
+
 WHOLE = msgspec.json.encode(INDEX)
 BROKEN = {
     "nothing": b"",
@@ -74,6 +107,15 @@ BROKEN = {
     "a gate beyond the end": changed(gates=(Gate("", 1281),)),
     "an output of an unknown dtype": changed(signature=outputs(TensorSpec("y", "FP8", ("batch",)))),
     "an output of negative size": changed(signature=outputs(TensorSpec("y", "FP32", ("batch", -1)))),
+    "a padded dimension that no input has": padded(0, 0, dims=("beams",)),
+    "padded rows": padded(0, 0, dims=("batch",)),
+    "an input that does not say what pads it": padded(0, None),
+    "a padded model that takes no batches": changed(signature=msgspec.structs.replace(SIGNATURE, padded=("length",), batchable=False)),
+    "a tokenizer that leads out of the store": text(tokenizer="../" + "0" * 61 + ".tokenizer"),
+    "a tokenizer without a digest": text(tokenizer="words.tokenizer"),
+    "no tokens": text(max_tokens=0),
+    "fewer tokens than the fewest": text(min_tokens=9),
+    "a text by the name of another input": text(name="mask"),
     "an output whose size follows from no input": changed(signature=outputs(TensorSpec("y", "FP32", ("batch", "beams")))),
 }
 
@@ -129,3 +171,9 @@ def test_a_fixed_dimension_takes_its_own_size_alone():
     assert fixed.bind({"x": ("FP32", [5, 3])}) == {"batch": 5}
     with pytest.raises(InvalidTensor, match="must fit"):
         fixed.bind({"x": ("FP32", [5, 4])})
+
+
+def test_text_is_one_more_input_of_one_text_a_row():
+    index = decode_index(text())
+    assert index.signature.accepts == (*SIGNATURE.inputs, TensorSpec("text", "BYTES", ("batch", 1)))
+    assert SIGNATURE.accepts == SIGNATURE.inputs

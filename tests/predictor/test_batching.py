@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from predictor.batching import Batcher, Waiting
+from predictor.batching import Batcher, Waiting, joint
 
 
 def waiting(id_: int, rows: int = 1, dims: object = "a", hurry_ns: int = 1000) -> Waiting:
@@ -126,3 +126,35 @@ def test_every_request_leaves_exactly_once_and_never_waits_without_a_reason(hist
         assert batcher.queued_rows == sum(requests[id_].rows for id_ in queued)
     assert not queued
     assert batcher.rows == 0
+
+
+JOINT: dict[str, tuple[dict[str, int], dict[str, int], bool]] = {
+    "rows do not matter": ({"batch": 1, "seq": 5}, {"batch": 8, "seq": 5}, True),
+    "short ones join": ({"batch": 1, "seq": 1}, {"batch": 1, "seq": 64}, True),
+    "a short one does not wait for a long one": ({"batch": 1, "seq": 5}, {"batch": 1, "seq": 500}, False),
+    "long ones join that are about as long": ({"batch": 1, "seq": 400}, {"batch": 1, "seq": 500}, True),
+    "what is not padded must be equal": ({"batch": 1, "seq": 5, "width": 2}, {"batch": 1, "seq": 5, "width": 3}, False),
+}
+
+
+@pytest.mark.parametrize(("one", "other", "join"), JOINT.values(), ids=JOINT)
+def test_which_lengths_join(one: dict[str, int], other: dict[str, int], join: bool) -> None:
+    assert (joint(one, ("seq",)) == joint(other, ("seq",))) is join
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5000)), min_size=1, max_size=40))
+def test_no_request_of_a_batch_grows_by_64_positions_and_by_half(requests: list[tuple[int, int]]) -> None:
+    batcher = Batcher(16, 1000)
+    for id_, (rows, length) in enumerate(requests):
+        assert batcher.add(Waiting(id_, rows, joint({"batch": rows, "seq": length}, ("seq",)), 0))
+    batches = batcher.take(0)
+    assert sorted(id_ for ids in batches for id_ in ids) == list(range(len(requests)))
+    for ids in batches:
+        lengths = [requests[id_][1] for id_ in ids]
+        assert all(max(lengths) - length < max(64, length / 2) for length in lengths)
+
+
+@given(st.integers(1, 10_000), st.integers(1, 10_000), st.integers(1, 10_000))
+def test_what_lies_between_two_that_join_joins_them(first: int, second: int, third: int) -> None:
+    low, middle, high = (joint({"seq": length}, ("seq",)) for length in sorted((first, second, third)))
+    assert low != high or low == middle == high
