@@ -13,6 +13,11 @@ from profiler.device import DeviceFacts
 from profiler.estimator import Estimator
 from profiler.points import Config, Point
 
+_INTERVAL = 2 * 1.6449
+"""Standard deviations that a 90 % interval is wide."""
+_MEAN_OF_NORMAL = (2 / np.pi) ** 0.5
+"""Mean absolute value of a normal variable with deviation 1."""
+
 
 class EstimatorPlanner:
     """Asks an estimator, trained or not, that is conditioned on what was measured so far."""
@@ -24,10 +29,12 @@ class EstimatorPlanner:
         self._features = features
 
     def next(self, measured: Sequence[Point], candidates: Sequence[Config]) -> tuple[int, float]:
-        """As `profiler.sweep.Planner`."""
+        """As `profiler.sweep.Planner`. The error is that of the candidates alone: nobody asked for the rest of what the estimator covers."""
         estimate = self._estimator.condition(samples_of(self._name, self._facts, measured, features=self._features))
-        rows = np.array([(config.batch, config.sm_percent, config.quota_percent) for config in candidates], dtype=np.float64)
-        return estimate.next_probe(rows[:, 0], rows[:, 1], rows[:, 2]), estimate.expected_error()
+        columns = np.array([(config.batch, config.sm_percent, config.quota_percent) for config in candidates], dtype=np.float64).T
+        found = estimate.predict(*columns)
+        deviation = float(np.mean(np.log(found.high_ms / found.low_ms))) / _INTERVAL
+        return estimate.next_probe(*columns), _MEAN_OF_NORMAL * deviation
 
 
 def planners(estimator: Estimator, features: Callable[[Function], npt.ArrayLike | None] = lambda _: None) -> Callable[..., EstimatorPlanner]:

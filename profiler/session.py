@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from contracts.artifact import Signature
+from contracts.artifact import Signature, WeightIndex
 from contracts.channel import Channel, connect
 from contracts.errors import SluiceError, Unavailable, from_wire
 from contracts.functions import Function, Share
@@ -48,6 +48,7 @@ from contracts.wire import (
     TensorRef,
     ToPredictor,
 )
+from models.store import find
 
 NAMESPACE = "sluice-profile"
 _TWIN = "twin"
@@ -82,7 +83,7 @@ class Session:
     def __init__(self, run_dir: Path, store: Path | None) -> None:
         """Connects; Unavailable when no agent listens there."""
         self._run_dir = run_dir
-        self.store = store
+        self._store = store
         self._ids = itertools.count(1)
         try:
             self._control = Channel(connect(str(run_dir / "control.sock")), Reply)
@@ -117,6 +118,13 @@ class Session:
         self.set_share(own.key, own.share)
         with self.serving(msgspec.structs.replace(function, name=_TWIN), _NEXT_TO_NOTHING):
             yield chill
+
+    def index(self, function: Function) -> WeightIndex:
+        """What the node's loader made of a function that is served; Unavailable when that is not in the store, or nobody knows where the store is."""
+        found = find(self._store, function.model) if self._store is not None else None
+        if found is None:
+            raise Unavailable(f"the model of {function.key} is not in the node's weight store {self._store}: name the store of this node")
+        return found
 
     def set_share(self, key: str, share: Share) -> None:
         """A new share from the next batch on; Refused when the node has not that much to guarantee."""

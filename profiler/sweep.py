@@ -18,11 +18,10 @@ from typing import Protocol
 import msgspec
 
 from contracts.artifact import Signature
-from contracts.errors import InvalidValue, Refused, Unavailable
+from contracts.errors import InvalidValue, Refused
 from contracts.functions import Function, Share
 from models.describe import describe
 from models.samples import sample_inputs
-from models.store import find
 from profiler import device as devices
 from profiler.device import DeviceFacts
 from profiler.measure import Measured, Sampling, cold_ms, measure
@@ -237,9 +236,7 @@ class _Sweep:
         return [config for config in grid if config not in known]
 
     def _identify(self) -> None:
-        index = find(self._session.store, self._function.model) if self._session.store else None
-        if index is None:
-            raise Unavailable(f"the node's store has lost {self._function.key}: is --store the folder of this node?")
+        index = self._session.index(self._function)
         self._digest, self._program = index.digest, index.program_id
         self._weight_bytes = index.total_bytes
 
