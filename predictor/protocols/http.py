@@ -16,6 +16,7 @@ from predictor.dispatch import Outcome
 from predictor.front import ClientGone, Decoded, Front, Receive, parameters, server_timing, timeout_ns
 from predictor.protocols import cloudevents, v1, v2
 from predictor.protocols.codes import BodyTooLarge, codes
+from predictor.protocols.gather import body_of
 from predictor.tensors import Array
 
 Scope = MutableMapping[str, Any]
@@ -56,7 +57,7 @@ class Http:
     async def _serve(self, name: str, version: str, decode: Decode, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
         try:
-            body = await self._body(receive)
+            body = await self._body(scope, receive)
             timeout = timeout_ns(headers.get(b"sluice-timeout-ms"))
             answer, more = await self._front.infer(name, lambda signature: decode(name, body, headers, signature), timeout, receive, version)
             await _respond(send, 200, answer, more)
@@ -69,19 +70,18 @@ class Http:
             log.exception("a request for %s could not be handled", name)
             await _respond(send, 500, tensors.dump({"error": f"{type(error).__name__}: {error}"}), _JSON)
 
-    async def _body(self, receive: Receive) -> bytes:
-        chunks, size, more = [], 0, True
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        body, more = body_of(scope), True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone
-            chunk = message.get("body", b"")
-            size += len(chunk)
-            if size > self._max_body_bytes:
-                raise BodyTooLarge(f"must be at most {self._max_body_bytes} bytes", key="body", value=f"{size} bytes and more")
-            chunks.append(chunk)
+            if piece := message.get("body", b""):
+                body.add(piece)
+            if body.nbytes > self._max_body_bytes:
+                raise BodyTooLarge(f"must be at most {self._max_body_bytes} bytes", key="body", value=f"{body.nbytes} bytes and more")
             more = message.get("more_body", False)
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        return body.whole()
 
 
 def _v1(name: str, body: bytes, headers: Headers, signature: Signature) -> Decoded[Answer]:
