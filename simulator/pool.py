@@ -108,6 +108,14 @@ class Pool:
         """The present."""
         return self._engine.now_ns
 
+    def preload(self) -> None:
+        """Models are on the devices before the first request comes, in turn, as many as there is room for: nobody is judged by an empty start."""
+        for number, model in enumerate(self.models):
+            device = max(self.devices, key=lambda device: device.free_bytes)
+            if device.free_bytes >= model.weight_bytes:
+                device.models[number] = None
+                device.free_bytes -= model.weight_bytes
+
     def forget(self) -> None:
         """The warm-up is over: what was recorded until now does not count."""
         for record in self.records:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+
+import msgspec
 
 from contracts.errors import InvalidValue
 from contracts.units import MS, S
 from nodeagent.events import FunctionDeclared, FunctionSpec
 from nodeagent.settings import DeviceSpec
 from simulator.arrivals import Arrivals
+from simulator.baselines.keepalive import KeepAlive
 from simulator.baselines.knative import Knative
 from simulator.baselines.lalb import SKIP_LIMIT, Lalb, LoadBalancing
 from simulator.baselines.torpor import Torpor
@@ -79,6 +83,7 @@ def _whole_gpus(scheduler: Callable[[], Scheduler], *, swapping: bool = False) -
         scenario, engine = world.scenario, Engine()
         swaps = Swapping(int(scenario.devices.link_gb_per_s * 1e9), scenario.devices.per_link, scenario.hardware.tail) if swapping else None
         pool = Pool(engine, _models(world), scenario.devices.total, world.device_bytes, scheduler(), swaps)
+        pool.preload()
         engine.at(_START_NS + int(scenario.warm_up_s * S), pool.forget)
         engine.run(_later(world.arrivals), pool.arrive, progress)
         return Outcome(
@@ -92,8 +97,30 @@ def _whole_gpus(scheduler: Callable[[], Scheduler], *, swapping: bool = False) -
     return play
 
 
+def _time_sharing(world: World, progress: Progress) -> Outcome:
+    """Sluice without shares of the SMs: whoever runs has them all."""
+    whole = tuple(msgspec.structs.replace(function, share=msgspec.structs.replace(function.share, sm_percent=100)) for function in world.functions)
+    return _sluice(dataclasses.replace(world, functions=whole), progress)
+
+
+def _tuned_knative(world: World, progress: Progress) -> Outcome:
+    """The KPA with the settings that keep most functions in their objective, and of those the ones that hold the fewest GPU seconds."""
+    outcomes: list[tuple[int, int, float, int, Outcome]] = []
+    for total in _TUNED_TOTALS:
+        for utilisation in _TUNED_UTILISATIONS:
+            spec = msgspec.structs.replace(world.scenario.kpa, total=total, target=total * utilisation)
+            outcome = _knative(dataclasses.replace(world, scenario=msgspec.structs.replace(world.scenario, kpa=spec)), lambda _: None)
+            kept = sum(outcome.records[function.key].within_slo(function.slo.percentile) for function in world.functions)
+            late = sum(record.late for record in outcome.records.values())
+            outcomes.append(
+                (-kept, late, outcome.reserved_s, len(outcomes), dataclasses.replace(outcome, facts={"total": total, "target": spec.target}))
+            )
+            progress(len(world.arrivals) * len(outcomes) // (len(_TUNED_TOTALS) * len(_TUNED_UTILISATIONS)))
+    return min(outcomes)[-1]
+
+
 def _knative(world: World, progress: Progress) -> Outcome:
-    """A whole GPU for each pod, under the KPA."""
+    """A whole GPU for each pod, under the KPA as the scenario sets it."""
     engine = Engine()
     engine.settle(_START_NS)
     knative = Knative(engine, _models(world), world.scenario.kpa, world.cluster)
@@ -110,16 +137,21 @@ def _knative(world: World, progress: Progress) -> Outcome:
     )
 
 
+_TUNED_TOTALS = (1.0, 2.0, 4.0, 8.0, 16.0)
+_TUNED_UTILISATIONS = (0.5, 0.7, 0.9)
 _START_NS = 10 * S
 """When the load begins: lanes are up by then."""
 
 POLICIES: Mapping[str, Callable[[World, Progress], Outcome]] = {
     "sluice": _sluice,
+    "time-sharing": _time_sharing,
     "torpor": _whole_gpus(Torpor, swapping=True),
     "lalb": _whole_gpus(Lalb),
     "lalb-o3": _whole_gpus(lambda: Lalb(SKIP_LIMIT)),
     "load-balancing": _whole_gpus(LoadBalancing),
+    "keep-alive": _whole_gpus(KeepAlive),
     "knative": _knative,
+    "knative-tuned": _tuned_knative,
 }
 
 
