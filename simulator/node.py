@@ -17,6 +17,7 @@ from nodeagent.settings import DeviceSpec, Settings
 from nodeagent.state import NodeState
 from nodeagent.tokens import NEVER_NS
 from simulator.engine import Engine
+from simulator.timeline import Timeline
 
 _TICK = ev.Tick()
 _STOPPED = -1
@@ -70,11 +71,20 @@ class _Batch:
 
 
 class SimulatedNode:
-    """Carries out the commands of one `NodeState` in virtual time. Set `listener` before the first request."""
+    """Carries out the commands of one `NodeState` in virtual time. Set `listener` before the first request; `timeline` is told what happened."""
 
-    def __init__(self, engine: Engine, devices: Sequence[DeviceSpec], times: RunTimes, hardware: Hardware, settings: Settings | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        devices: Sequence[DeviceSpec],
+        times: RunTimes,
+        hardware: Hardware,
+        settings: Settings | None = None,
+        timeline: Timeline | None = None,
+    ) -> None:
         self.state = NodeState(devices, settings)
         self.listener: Listener
+        self._timeline = timeline
         self._engine = engine
         self._times = times
         self._hardware = hardware
@@ -148,6 +158,7 @@ class SimulatedNode:
     def _finish(self, lane: int, batch: _Batch, ends_ns: int) -> None:
         if batch.ends_ns == ends_ns and self._batches.get(lane) is batch:
             del self._batches[lane]
+            self._draw(lane, batch)
             self.handle(ev.BatchFinished(lane, batch.request, batch.left_ns, batch.swap_ns))
 
     def _preempt(self, command: ev.Preempt) -> None:
@@ -161,6 +172,7 @@ class SimulatedNode:
 
     def _pause(self, lane: int, batch: _Batch, left_ns: int) -> None:
         ran_ns, batch.left_ns = batch.left_ns - left_ns, left_ns
+        self._draw(lane, batch)
         self.handle(ev.BatchPaused(lane, batch.request, ran_ns))
 
     def _resume(self, command: ev.Resume) -> None:
@@ -169,6 +181,14 @@ class SimulatedNode:
         batch.ends_ns = 0
         if not batch.copy:
             self._end_at(command.lane, batch, now_ns + batch.left_ns)
+
+    def _draw(self, lane: int, batch: _Batch) -> None:
+        """A batch has run, or stood on its lane waiting for weights, until now."""
+        if self._timeline is not None:
+            found = self.state.lanes[lane]
+            assert found.request is not None
+            track = f"lane {lane} ({found.sm_percent} % {found.key[1]})"
+            self._timeline.span(found.device.spec.id, track, found.request.function.spec.key, batch.since_ns, self._engine.now_ns)
 
     # Copies.
 
@@ -192,6 +212,8 @@ class SimulatedNode:
         begin_ns = max(self._engine.now_ns + start_ns, self._link_free_ns[link])
         self._link_free_ns[link] = begin_ns + nbytes * S // self._bytes_per_s[link]
         self._engine.at(self._link_free_ns[link], self._moved, copy, until_bytes)
+        if self._timeline is not None:
+            self._timeline.span("links", link, f"copy {copy}", begin_ns, self._link_free_ns[link])
 
     def _moved(self, copy: int, copied_bytes: int) -> None:
         _, total = self._copies[copy]

@@ -47,6 +47,14 @@ class Histogram:
                 return 0.0 if bucket < 0 else min(self.most_ns, math.exp((bucket + 0.5) * _WIDTH)) / MS
         return math.nan
 
+    def curve(self) -> list[tuple[float, float]]:
+        """(ms, percent of the times that are not longer), ascending: the cumulative distribution."""
+        points, seen = [], 0
+        for bucket in sorted(self._buckets):
+            seen += self._buckets[bucket]
+            points.append((0.0 if bucket < 0 else min(self.most_ns, math.exp((bucket + 1) * _WIDTH)) / MS, 100 * seen / self.count))
+        return points
+
     @property
     def mean_ms(self) -> float:
         """Exact; nan when nothing was counted."""

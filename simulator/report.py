@@ -12,23 +12,27 @@ from simulator.record import PARTS, together
 from simulator.run import Outcome
 from simulator.scenario import Scenario, World
 
-_SHOWN = (50, 95, 98, 99)
-_COLUMNS: Mapping[str, tuple[str, str]] = {
-    "functions_in_slo": ("in SLO", "{:.0f}"),
-    "late_percent": ("late %", "{:.2f}"),
+Curves = Mapping[str, Sequence[tuple[float, float]]]
+"""Policy -> (ms, percent of requests answered within it)."""
+
+_PERCENTILES = (50, 95, 98, 99)
+SHOWN: Mapping[str, tuple[str, str]] = {
+    "functions_in_slo": ("functions in SLO", "{:.0f}"),
+    "late_percent": ("late requests %", "{:.2f}"),
     "total_p50_ms": ("p50 ms", "{:.1f}"),
     "total_p98_ms": ("p98 ms", "{:.1f}"),
     "total_p99_ms": ("p99 ms", "{:.1f}"),
-    "queue_p99_ms": ("queue p99", "{:.1f}"),
-    "swap_p99_ms": ("load p99", "{:.1f}"),
-    "run_p50_ms": ("run p50", "{:.1f}"),
-    "cold_percent": ("cold %", "{:.2f}"),
-    "loads": ("loads", "{:.0f}"),
-    "gpus": ("GPUs", "{:.0f}"),
-    "utilisation_percent": ("busy %", "{:.1f}"),
-    "gpu_seconds_reserved": ("GPU s", "{:,.0f}"),
-    "dollars": ("$", "{:,.2f}"),
+    "queue_p99_ms": ("queue p99 ms", "{:.1f}"),
+    "swap_p99_ms": ("swap or load p99 ms", "{:.1f}"),
+    "run_p50_ms": ("run p50 ms", "{:.1f}"),
+    "cold_percent": ("cold requests %", "{:.2f}"),
+    "loads": ("swaps or loads", "{:.0f}"),
+    "gpus": ("GPUs used", "{:.0f}"),
+    "utilisation_percent": ("GPU time busy %", "{:.1f}"),
+    "gpu_seconds_reserved": ("GPU seconds reserved", "{:,.0f}"),
+    "dollars": ("dollars", "{:,.2f}"),
 }
+"""Figure -> (its words, format): what people are shown of them all."""
 
 
 def figures(world: World, outcome: Outcome) -> dict[str, float]:
@@ -52,7 +56,7 @@ def figures(world: World, outcome: Outcome) -> dict[str, float]:
     }
     for part, histogram in together(records.values()).items():
         found[f"{part}_mean_ms"] = histogram.mean_ms
-        found |= {f"{part}_p{percent}_ms": histogram.percentile_ms(percent) for percent in _SHOWN}
+        found |= {f"{part}_p{percent}_ms": histogram.percentile_ms(percent) for percent in _PERCENTILES}
     return found
 
 
@@ -61,7 +65,7 @@ def functions(world: World, outcome: Outcome) -> list[dict[str, Any]]:
     rows = []
     for function in world.functions:
         record = outcome.records[function.key]
-        times = {f"{part}_p{percent}_ms": record.parts[part].percentile_ms(percent) for part in PARTS for percent in _SHOWN}
+        times = {f"{part}_p{percent}_ms": record.parts[part].percentile_ms(percent) for part in PARTS for percent in _PERCENTILES}
         rows.append(
             {
                 "function": function.key,
@@ -75,25 +79,33 @@ def functions(world: World, outcome: Outcome) -> list[dict[str, Any]]:
     return rows
 
 
+def curve(outcome: Outcome) -> list[tuple[float, float]]:
+    """The distribution of answers over all requests: those without an answer keep it below 100 %."""
+    total = together(outcome.records.values())["total"]
+    requests = sum(record.requests for record in outcome.records.values())
+    return [(ms, percent * total.count / requests) for ms, percent in total.curve()]
+
+
 def document(scenario: Scenario, outcomes: Mapping[str, Sequence[dict[str, float]]], details: Mapping[str, Any]) -> dict[str, Any]:
     """What is written as JSON: for each policy every seed's figures and their means; `details` by function, of the first seed."""
-    policies = {policy: {"mean": _mean(runs), "seeds": list(runs)} for policy, runs in outcomes.items()}
+    policies = {policy: {"mean": mean(runs), "seeds": list(runs)} for policy, runs in outcomes.items()}
     return {"scenario": scenario.name, "span_s": scenario.span_s, "policies": policies, "functions": dict(details)}
 
 
 def table(scenario: Scenario, outcomes: Mapping[str, Sequence[dict[str, float]]]) -> Table:
-    """One line a policy: the means over the seeds."""
+    """One column a policy: the means over the seeds."""
     shown = Table(title=f"{scenario.name}: {scenario.devices.total} GPUs, {scenario.span_s:g} s", title_justify="left")
-    shown.add_column("policy")
-    for name, _ in _COLUMNS.values():
-        shown.add_column(name, justify="right")
-    for policy, runs in outcomes.items():
-        mean = _mean(runs)
-        shown.add_row(policy, *("-" if np.isnan(mean[key]) else form.format(mean[key]) for key, (_, form) in _COLUMNS.items()))
+    shown.add_column("")
+    for policy in outcomes:
+        shown.add_column(policy, justify="right", overflow="fold")
+    means = [mean(runs) for runs in outcomes.values()]
+    for key, (name, form) in SHOWN.items():
+        shown.add_row(name, *("-" if np.isnan(one[key]) else form.format(one[key]) for one in means))
     return shown
 
 
-def _mean(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def mean(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The figures of several seeds as one."""
     return {key: float(np.mean([run[key] for run in runs])) for key in runs[0]}
 
 

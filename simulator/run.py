@@ -24,6 +24,7 @@ from simulator.node import SimulatedNode
 from simulator.pool import Model, Pool, Scheduler, Swapping
 from simulator.record import Record
 from simulator.scenario import World
+from simulator.timeline import Timeline
 
 Progress = Callable[[int], None]
 
@@ -40,15 +41,15 @@ class Outcome:
     facts: Mapping[str, float] = field(default_factory=dict)
 
 
-def simulate(policy: str, world: World, progress: Progress = lambda _: None) -> Outcome:
-    """Plays a world under a policy; InvalidValue lists the policies that there are."""
+def simulate(policy: str, world: World, progress: Progress = lambda _: None, timeline: Timeline | None = None) -> Outcome:
+    """Plays a world under a policy; InvalidValue lists the policies that there are. Only Sluice's own draw a timeline."""
     play = POLICIES.get(policy)
     if play is None:
         raise InvalidValue(f"must be one of {', '.join(POLICIES)}", key="policies", value=policy)
-    return play(world, progress)
+    return play(world, progress) if timeline is None or play is not _sluice else _sluice(world, progress, timeline)
 
 
-def _sluice(world: World, progress: Progress) -> Outcome:
+def _sluice(world: World, progress: Progress, timeline: Timeline | None = None) -> Outcome:
     """Sluice: the node agents' own state, functions dealt out to the nodes in turn, lanes up before the load begins."""
     scenario, devices = world.scenario, world.scenario.devices
     engine = Engine()
@@ -56,7 +57,7 @@ def _sluice(world: World, progress: Progress) -> Outcome:
         DeviceSpec(f"gpu:{n}", world.device_bytes, int(devices.link_gb_per_s * 1e9), f"link:{n // devices.per_link}") for n in range(devices.count)
     ]
     times = RunTimes(world.latencies)
-    nodes = [SimulatedNode(engine, specs, times, scenario.hardware) for _ in range(devices.nodes)]
+    nodes = [SimulatedNode(engine, specs, times, scenario.hardware, timeline=timeline) for _ in range(devices.nodes)]
     where = [nodes[number % len(nodes)] for number in range(len(world.functions))]
     fronts = Fronts(engine, world.functions, where, int(scenario.around_ms * MS))
     for function, weight_bytes, node in zip(world.functions, world.weight_bytes, where, strict=True):
