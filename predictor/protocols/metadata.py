@@ -83,13 +83,15 @@ def config(front: Front, name: str, version: str = "") -> View:
     def tensors(specs: Sequence[TensorSpec]) -> list[View]:
         return [{"name": spec.name, "data_type": _TRITON.get(spec.dtype, f"TYPE_{spec.dtype}"), "dims": _sizes(spec)[skip:]} for spec in specs]
 
+    optional = {} if signature.text is None else {"optional": True}  # either the text or all the others
+
     return {
         "name": name,
         "platform": function.model.format.value,
         "backend": "sluice",
         "version_policy": {"latest": {"num_versions": 1}},
         "max_batch_size": function.max_batch if signature.batchable else 0,
-        "input": tensors(signature.accepts),
+        "input": [tensor | optional for tensor in tensors(signature.accepts)],
         "output": tensors(signature.outputs),
         **({"dynamic_batching": {"preferred_batch_size": [function.max_batch]}} if signature.batchable else {}),
     }

@@ -1,7 +1,7 @@
 """A node agent made of numpy, for the tests of the predictor: it speaks `contracts.wire` over a real socket and computes in the real segment.
 
 It runs on a thread of its own with blocking sockets, one predictor at a time. `hold` keeps batches unanswered until `release`; `kill` drops the
-connection and the listening socket without a word, as a killed agent does; `start` brings it back.
+connection and the listening socket without a word, as a killed agent does; `start` brings it back. `tokenizers` go to each predictor that joins.
 """
 
 from __future__ import annotations
@@ -15,14 +15,29 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from contracts.artifact import Signature, TensorSpec
 from contracts.channel import Channel
-from contracts.errors import ExecutionError, SluiceError, to_wire
+from contracts.errors import ExecutionError, InvalidTensor, SluiceError, to_wire
 from contracts.functions import Function, ModelFormat, ModelRef, Slo
 from contracts.units import MS
-from contracts.wire import Answer, Cancel, Failed, FunctionChanged, FunctionGone, FunctionInfo, Hello, Message, Submit, TensorRef, ToAgent, Welcome
+from contracts.wire import (
+    Answer,
+    Cancel,
+    Failed,
+    FunctionChanged,
+    FunctionGone,
+    FunctionInfo,
+    Hello,
+    Message,
+    Submit,
+    TensorRef,
+    ToAgent,
+    Tokenizer,
+    Welcome,
+)
 
 Arrays = Mapping[str, np.ndarray]
 NUMPY = {"FP32": np.float32, "INT64": np.int64, "UINT8": np.uint8, "BF16": np.uint16, "FP16": np.float16, "BOOL": np.bool_}
@@ -32,13 +47,21 @@ PAIR = Signature(
     (TensorSpec("a", "FP32", ("batch", "n")), TensorSpec("b", "INT64", ("batch", "n"))),
     (TensorSpec("sum", "FP32", ("batch", "n")), TensorSpec("count", "INT64", ("batch",))),
 )
+_IDS = TensorSpec("input_ids", "INT64", ("batch", "seq"), pad=1)
+TOKENS = Signature(
+    (_IDS, TensorSpec("attention_mask", "INT64", ("batch", "seq"), pad=0)),
+    (TensorSpec("count", "INT64", ("batch",)), TensorSpec("ids", "INT64", ("batch", "seq"))),
+    padded=("seq",),
+)
 ALONE = Signature((TensorSpec("x", "FP32", ("n",)),), (TensorSpec("total", "FP32", ()),), batchable=False)
 
 
 def double(inputs: Arrays) -> Arrays:
-    """y = 2 x; a 13 is too much for it."""
+    """y = 2 x; a 13 is too much for it, a 14 is not for it."""
     if (inputs["x"] == 13).any():
         raise ExecutionError("13 is bad luck")
+    if (inputs["x"] == 14).any():
+        raise InvalidTensor("14 is no input")
     return {"y": inputs["x"] * 2}
 
 
@@ -48,12 +71,17 @@ def pair(inputs: Arrays) -> Arrays:
     return {"sum": inputs["a"] + inputs["b"].astype(np.float32), "count": np.full(rows, length)}
 
 
+def tokens(inputs: Arrays) -> Arrays:
+    """How many tokens each row has, and the tokens."""
+    return {"count": inputs["attention_mask"].sum(1), "ids": inputs["input_ids"]}
+
+
 def alone(inputs: Arrays) -> Arrays:
     """The sum of everything."""
     return {"total": inputs["x"].sum()}
 
 
-MODELS: Mapping[Signature, Callable[[Arrays], Arrays]] = {DOUBLE: double, PAIR: pair, ALONE: alone}
+MODELS: Mapping[Signature, Callable[[Arrays], Arrays]] = {DOUBLE: double, PAIR: pair, ALONE: alone, TOKENS: tokens}
 
 
 def info(
@@ -73,6 +101,7 @@ class FakeAgent:
         self.functions = {one.function.key: one for one in functions}
         self.submits: list[Submit] = []
         self.cancels: list[int] = []
+        self.tokenizers: dict[str, bytes] = {}
         self.delay_s = 0.0
         self.refuse: SluiceError | None = None
         self._go = threading.Event()
@@ -128,6 +157,9 @@ class FakeAgent:
     def tell(self, one: FunctionInfo) -> None:
         """A function appeared or changed."""
         self.functions[one.function.key] = one
+        with self._changed:
+            if self._channel is not None:
+                self._send_tokenizers(self._channel)
         self._send(FunctionChanged(one))
 
     def remove(self, key: str) -> None:
@@ -144,6 +176,13 @@ class FakeAgent:
         with self._changed:
             if self._channel is not None:
                 self._channel.send(message)
+
+    def _send_tokenizers(self, channel: Channel) -> None:
+        for name, content in self.tokenizers.items():
+            fd = os.memfd_create("tokenizer")
+            os.write(fd, content)
+            channel.send(Tokenizer(name), [fd])
+            os.close(fd)
 
     def _listen(self, listener: socket.socket) -> None:
         while self._alive:
@@ -163,6 +202,7 @@ class FakeAgent:
                     if isinstance(message, Hello):
                         self._segment = mmap.mmap(fds[0], message.segment_bytes)
                         os.close(fds[0])
+                        self._send_tokenizers(channel)
                         channel.send(Welcome(tuple(self.functions.values())))
                         self._channel = channel
                     elif isinstance(message, Submit):
@@ -203,17 +243,25 @@ class FakeAgent:
         assert signature is not None
         try:
             given = [{ref.name: _view(segment, ref) for ref in part.inputs} for part in submit.parts]
-            joined = given[0] if len(given) == 1 else {name: np.concatenate([part[name] for part in given]) for name in given[0]}
-            outputs = MODELS[signature](joined)
+            joined = {spec.name: _join([part[spec.name] for part in given], spec.pad) for spec in signature.inputs}
+            outputs = MODELS[msgspec.structs.replace(signature, text=None)](joined)
         except SluiceError as error:
             return Failed(submit.id, *to_wire(error))
         row = 0
         for part in submit.parts:
             for ref in part.outputs:
                 whole = np.asarray(outputs[ref.name])
-                _view(segment, ref)[...] = whole[row : row + part.rows] if signature.batchable else whole
+                own = tuple(slice(0, size) for size in ref.shape[1:])
+                _view(segment, ref)[...] = whole[(slice(row, row + part.rows), *own)] if signature.batchable else whole
             row += part.rows
         return Answer(submit.id, queue_ns=1 * MS, swap_ns=2 * MS, run_ns=3 * MS, cold=False, device="fake:0")
+
+
+def _join(parts: list[np.ndarray], pad: int | None) -> np.ndarray:
+    if pad is not None:
+        longest = max(part.shape[1] for part in parts)
+        parts = [np.pad(part, ((0, 0), (0, longest - part.shape[1])), constant_values=pad) for part in parts]
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def _view(segment: mmap.mmap, ref: TensorRef) -> np.ndarray:

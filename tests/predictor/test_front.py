@@ -205,15 +205,16 @@ async def test_requests_that_wait_are_joined_and_each_gets_its_own_rows(front: F
 
 
 @pytest.mark.asyncio
-async def test_a_bad_request_fails_alone(front: Front, agent: FakeAgent) -> None:
+@pytest.mark.parametrize(("bad", "code"), [(13, 500), (14, 400)], ids=["the model fails", "the model refuses its values"])
+async def test_a_bad_request_fails_alone(front: Front, agent: FakeAgent, bad: int, code: int) -> None:
     agent.hold()
     bodies = _bodies(5)
-    bodies[3]["inputs"][0]["data"][0][0] = 13
+    bodies[3]["inputs"][0]["data"][0][0] = bad
     before = len(agent.submits)
     asked = asyncio.create_task(_many(front, bodies))
     await asyncio.to_thread(agent.wait, lambda: len(agent.submits) > before)
     agent.release()
-    assert [response.status_code for response in await asked] == [200, 200, 200, 500, 200]
+    assert [response.status_code for response in await asked] == [200, 200, 200, code, 200]
 
 
 @pytest.mark.asyncio
