@@ -6,6 +6,7 @@ Owns the words for a device's facts and the way to get them: a process of its ow
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 
@@ -40,11 +41,18 @@ class DeviceFacts(msgspec.Struct, frozen=True):
                 raise InvalidValue("must be greater than 0", key=f"device.{key}", value=value)
 
 
+def check(device: str) -> None:
+    """InvalidValue unless lanes can run on such a device."""
+    if not re.fullmatch(r"cpu:[0-9]+", device):
+        raise InvalidValue("must be cpu:N", key="device", value=device)
+
+
 def measure(device: str, memory_bytes: int, threads: int = 1) -> DeviceFacts:
     """The facts of a device ("cpu:0") as a lane with that many threads meets it; takes some seconds.
 
     InvalidValue for a device that there is not; Unavailable when the probe cannot run.
     """
+    check(device)
     arguments = ["--device", device, "--memory", str(memory_bytes), "--threads", str(threads)]
     try:
         done = subprocess.run(
@@ -52,8 +60,6 @@ def measure(device: str, memory_bytes: int, threads: int = 1) -> DeviceFacts:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"the device {device!r} could not be measured: {error}") from None
-    if done.returncode == 2:
-        raise InvalidValue(done.stderr.strip(), value=device)
     try:
         return msgspec.json.decode(done.stdout, type=DeviceFacts)
     except msgspec.MsgspecError:

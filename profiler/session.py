@@ -302,7 +302,8 @@ def _reach(run_dir: Path, store: Path, agent: subprocess.Popen[bytes], log: Path
             return Session(run_dir, store)
         if agent.poll() is not None or time.monotonic() > deadline:
             state = "did not start in time" if agent.returncode is None else f"ended with code {agent.returncode}"
-            raise Unavailable(f"the node agent {state}: {log.read_text(errors='replace')[-2000:].strip()}")
+            last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
+            raise Unavailable(f"the node agent {state}: {last[0]}")
         time.sleep(_POLL_S)
 
 

@@ -96,13 +96,17 @@ class Outcome:
 
 @contextmanager
 def running(functions: Sequence[Function], node: NodeOptions | Session) -> Iterator[Session]:
-    """The session of a sweep: an agent of its own, or one that is there. InvalidValue when two functions have one key, or none is given."""
+    """The session of a sweep: an agent of its own, or one that is there.
+
+    InvalidValue when two functions have one key, or none is given, or for a device that there is not.
+    """
     keys = [function.key for function in functions]
     if not keys or len(set(keys)) != len(keys):
         raise InvalidValue("name each function to measure once", key="functions", value=keys)
     if isinstance(node, Session):
         yield node
     else:
+        devices.check(node.device)
         with started(node) as session:
             yield session
 
