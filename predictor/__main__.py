@@ -39,13 +39,12 @@ def main(argv: list[str] | None = None) -> int:
             http_port=options.http_port,
             grpc_port=options.grpc_port,
             segment_bytes=options.segment_bytes,
-            max_body_bytes=options.max_body_bytes,
             linger_ms=options.linger_ms,
             limits=Limits(
                 max_connections=options.max_connections,
                 patience_s=options.patience_s,
                 keep_alive_s=options.keep_alive_s,
-                unfinished_bytes=4 * options.max_body_bytes,
+                body_bytes=options.max_body_bytes,
             ),
         )
     )

@@ -42,7 +42,6 @@ class Settings(msgspec.Struct, frozen=True):
     host: str = "127.0.0.1"
     grpc_port: int | None = None
     segment_bytes: int = 256 << 20
-    max_body_bytes: int = 64 << 20
     linger_ms: int = 0
     limits: Limits = Limits()
 
@@ -75,10 +74,12 @@ async def _run(settings: Settings) -> int:
     front = Front(dispatcher)
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.create_server((settings.host, settings.http_port), family=family, backlog=2048)
+    # For answers that the kernel holds, and those whose connection has been closed: a peer that takes nothing for so long is given up.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(settings.limits.patience_s * 1000))
     intake = Intake(settings.limits.fitting())
-    server = _http_server(settings, intake, Http(front, management.application(front), settings.max_body_bytes))
+    server = _http_server(settings, intake, Http(front, management.application(front)))
     serving = loop.create_task(server.serve([listener]))
-    grpc_server = None if settings.grpc_port is None else await _start_grpc(settings, rpc.server(front, intake.limits, settings.max_body_bytes))
+    grpc_server = None if settings.grpc_port is None else await _start_grpc(settings, rpc.server(front, intake.limits))
     dispatcher.client.start()
     log.info("serving on http://%s:%d", _authority(settings.host), listener.getsockname()[1])
     watching = loop.create_task(watch(intake, server.server_state.connections))

@@ -10,10 +10,9 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from contracts.units import KIB, MIB
+from contracts.units import KIB
 
 _SMALL_BYTES = 4 * KIB
-_WAKE_BYTES = 1 * MIB
 _SUFFIXES = (":predict", "/infer")
 _KEY = "sluice.body"
 
@@ -60,11 +59,8 @@ class GatheringHttp(HttpToolsProtocol):
         self._body = scope[_KEY] = Body() if scope.get("method") == "POST" and scope["path"].endswith(_SUFFIXES) else None
 
     def on_body(self, body: bytes) -> None:
-        """Part of the body. The application is woken now and then, to see whether it is too long, and by the end."""
+        """Part of the body; the application is woken by the end."""
         if self._body is None:
             super().on_body(body)
         elif not self.cycle.response_complete:
-            before = self._body.nbytes
             self._body.add(body)
-            if before // _WAKE_BYTES != self._body.nbytes // _WAKE_BYTES:
-                self.cycle.message_event.set()

@@ -1,6 +1,6 @@
 """Inference over HTTP: the routes that carry load, `:predict` and `/infer`, answered straight from the body's bytes.
 
-Owns reading a body within its limit, and the answer's head. All other paths go to the application behind it.
+Owns the answer's head; how large a body may be is `limits`. All other paths go to the application behind it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from predictor import tensors
 from predictor.dispatch import Outcome
 from predictor.front import ClientGone, Decoded, Front, Receive, parameters, server_timing, timeout_ns
 from predictor.protocols import cloudevents, v1, v2
-from predictor.protocols.codes import BodyTooLarge, codes
+from predictor.protocols.codes import codes
 from predictor.protocols.gather import body_of
 from predictor.tensors import Array
 
@@ -35,10 +35,9 @@ log = logging.getLogger("sluice.predictor")
 class Http:
     """The ASGI application: inference by itself, all else by `behind`."""
 
-    def __init__(self, front: Front, behind: Application, max_body_bytes: int) -> None:
+    def __init__(self, front: Front, behind: Application) -> None:
         self._front = front
         self._behind = behind
-        self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -78,8 +77,6 @@ class Http:
                 raise ClientGone
             if piece := message.get("body", b""):
                 body.add(piece)
-            if body.nbytes > self._max_body_bytes:
-                raise BodyTooLarge(f"must be at most {self._max_body_bytes} bytes", key="body", value=f"{body.nbytes} bytes and more")
             more = message.get("more_body", False)
         return body.whole()
 
@@ -122,7 +119,5 @@ def _json_bytes(headers: Headers) -> int | None:
 async def _respond(send: Send, code: int, payload: bytes, headers: Mapping[str, str]) -> None:
     lines = [(b"content-length", b"%d" % len(payload))]
     lines += [(name.encode(), value.encode()) for name, value in headers.items()]
-    if code == 413:
-        lines.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": code, "headers": lines})
     await send({"type": "http.response.body", "body": payload})

@@ -1,25 +1,32 @@
 """What a client may take over HTTP: bytes of a head, connections, bytes of bodies that are not whole yet, and time.
 
-Owns uvicorn's protocol with these bounds. uvicorn by itself gathers a head, chunk extensions and trailers without end, waits for ever for the rest of
-a request, and keeps an answer that nobody reads. A look at every connection once in a while (`check`) costs the way of a request nothing.
+Owns uvicorn's protocol with these bounds. uvicorn by itself gathers a head, chunk extensions, trailers and pipelined requests without end, waits for
+ever for the rest of a request, and keeps an answer that nobody reads. A look at every connection once in a while (`check`) costs requests nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import resource
-from collections.abc import Iterable
+import socket
+import struct
+from collections.abc import Iterable, Sized
 from typing import Any
 
 import msgspec
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
 from contracts.units import KIB, MIB
+from predictor.protocols.gather import GatheringHttp
 
 MAX_HEAD_BYTES = 512 * KIB
 """Request line and headers, with what is read along with them (one read brings 256 KiB at most)."""
 _FRAMING_FACTOR = 8
 """Chunk sizes, extensions and trailers may take MAX_HEAD_BYTES and so many times the body: a chunk of one byte takes six."""
+_MAX_PIPELINED = 64
+"""Requests that a client may send on one connection without having an answer to the first."""
 _SPARE_DESCRIPTORS = 64
 """For the agent, the segment, listeners, gRPC and the log."""
 
@@ -27,15 +34,20 @@ _SPARE_DESCRIPTORS = 64
 class Limits(msgspec.Struct, frozen=True):
     """The bounds of one server.
 
-    `patience_s`: how long a client may take for a head; how long a body, or the reading of an answer, may take beyond what `bytes_per_s` allows (as
-    Apache's mod_reqtimeout has it). `keep_alive_s`: how long a connection may be idle between requests. `unfinished_bytes`: of all bodies together.
+    `patience_s`: how long a client may take for a head; for a body, and to read its answer, that and what its bytes take at `bytes_per_s` (as in
+    Apache's mod_reqtimeout). `keep_alive_s`: how long a connection may be idle between requests. `body_bytes`: of one body.
     """
 
     max_connections: int = 1024
     patience_s: float = 20.0
     keep_alive_s: float = 75.0
-    bytes_per_s: int = 16 * KIB
-    unfinished_bytes: int = 256 * MIB
+    bytes_per_s: int = 128 * KIB
+    body_bytes: int = 64 * MIB
+
+    @property
+    def unfinished_bytes(self) -> int:
+        """Of all bodies together that are not whole yet."""
+        return 4 * self.body_bytes
 
     def fitting(self) -> Limits:
         """The same with no more connections than this process may have descriptors, of which it takes all that it can get."""
@@ -62,8 +74,8 @@ class Intake:
             connection.close_next()
 
 
-class BoundedHttp(HttpToolsProtocol):
-    """uvicorn's protocol within an intake's limits; who exceeds them is told (400, 408, 503) where that is still possible, and disconnected."""
+class BoundedHttp(GatheringHttp):
+    """uvicorn's protocol within an intake's limits; who exceeds them is told (400, 408, 413, 503) where that is still possible, and disconnected."""
 
     def __init__(self, intake: Intake, **options: Any) -> None:
         super().__init__(**options)
@@ -74,11 +86,14 @@ class BoundedHttp(HttpToolsProtocol):
         self._framing_bytes = 0
         self._body_bytes = 0
         self._unread_bytes = 0
-        self._read_by_s = 0.0
+        self._unread_since_s = 0.0
+        self._read_bytes = 0
+        self._running: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has come; one too many is sent away."""
         super().connection_made(transport)
+        self.flow = _Flow(transport, self.pipeline)
         if len(self.connections) > self._intake.limits.max_connections:
             self._refuse(503, "too many connections")
 
@@ -86,6 +101,8 @@ class BoundedHttp(HttpToolsProtocol):
         """The client has gone."""
         self._intake.unfinished_bytes -= self._body_bytes
         self._body_bytes = 0
+        if self._running is not None:  # uvicorn tells the last request only, which need not be the one that is being answered
+            self._running.disconnected = True
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -107,65 +124,94 @@ class BoundedHttp(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """The head has ended; what follows is the body."""
         self._in_head = False
+        if self.transport.is_closing():
+            return
         self._in_body = True
         self._since_s = self.loop.time()
         super().on_headers_complete()
         if self._intake.closing:
             self.cycle.keep_alive = False
+        if len(self.pipeline) > _MAX_PIPELINED:
+            self._refuse(400, "too many requests without an answer")
 
     def on_body(self, body: bytes) -> None:
         """Part of the body."""
+        if self.transport.is_closing():
+            return
         self._body_bytes += len(body)
         self._intake.unfinished_bytes += len(body)
         super().on_body(body)
-        if self._intake.unfinished_bytes > self._intake.limits.unfinished_bytes:
+        if self._body_bytes > self._intake.limits.body_bytes:
+            self._refuse(413, f"body: must be at most {self._intake.limits.body_bytes} bytes")
+        elif self._intake.unfinished_bytes > self._intake.limits.unfinished_bytes:
             self._refuse(503, "too many bytes of unfinished requests")
 
     def on_message_complete(self) -> None:
         """The request is whole."""
-        self._in_body = False
         self._intake.unfinished_bytes -= self._body_bytes
         self._body_bytes = 0
-        super().on_message_complete()
+        self._in_body = False
+        if not self.transport.is_closing():
+            super().on_message_complete()
 
     def check(self, now_s: float) -> None:
         """Ends the connection if the client has kept it waiting for too long."""
-        limits = self._intake.limits
         if self._unread(now_s):
+            # A reset, or the kernel would keep its part of the answer.
+            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.transport.abort()
-        elif self._in_head and now_s > self._since_s + limits.patience_s:
+        elif self._in_head and self._late(now_s, self._since_s, 0):
             self._refuse(408, "the head of the request did not come")
         elif self._in_body and not self.flow.read_paused:
-            answered = self.cycle.response_complete
-            if now_s > self._since_s + limits.patience_s + (0 if answered else self._body_bytes / limits.bytes_per_s):
+            wanted_bytes = 0 if self.cycle.response_complete else self._body_bytes
+            if self._late(now_s, self._since_s, wanted_bytes):
                 self._refuse(408, "the body of the request came too slowly")
 
     def close_next(self) -> None:
         """The next answer says `connection: close`."""
-        if self.cycle is not None and not self.cycle.response_started:
-            self.cycle.keep_alive = False
+        if self._running is not None and not self._running.response_started:
+            self._running.keep_alive = False
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _unread(self, now_s: float) -> bool:
         """Whether the client lets its answer lie."""
         unread, before = self.transport.get_write_buffer_size(), self._unread_bytes
         self._unread_bytes = unread
-        if unread == 0:
-            return False
-        if unread > before:
-            self._read_by_s = now_s + self._intake.limits.patience_s + unread / self._intake.limits.bytes_per_s
-        return now_s > self._read_by_s
+        if before == 0:
+            self._unread_since_s, self._read_bytes = now_s, 0
+        self._read_bytes += max(0, before - unread)
+        return unread > 0 and self._late(now_s, self._unread_since_s, self._read_bytes)
+
+    def _late(self, now_s: float, since_s: float, moved_bytes: int) -> bool:
+        limits = self._intake.limits
+        return now_s > since_s + limits.patience_s + moved_bytes / limits.bytes_per_s
 
     def _refuse(self, status: int, why: str) -> None:
         """Answers, where no answer has begun, and ends the connection."""
         self._in_head = self._in_body = False
         if self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+        if self._running is None or self._running.response_complete or not (self._running.response_started or self.pipeline):
             body = b'{"error":"%s"}' % why.encode()
             again = b"retry-after: 1\r\n" if status == 503 else b""
             head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n%s\r\n" % (len(body), again)
             self.transport.write(STATUS_LINE[status] + head + body)
         self.transport.close()
+
+
+class _Flow(FlowControl):
+    """uvicorn's, which reads on after each answer, and when a request wants its body: not while others are waiting that have come whole."""
+
+    def __init__(self, transport: asyncio.Transport, pipeline: Sized) -> None:
+        super().__init__(transport)
+        self._pipeline = pipeline
+
+    def resume_reading(self) -> None:
+        if not self._pipeline:
+            super().resume_reading()
 
 
 async def watch(intake: Intake, connections: set[Any]) -> None:
@@ -177,11 +223,11 @@ async def watch(intake: Intake, connections: set[Any]) -> None:
             connection.check(loop.time())
 
 
-def grpc_options(limits: Limits, max_message_bytes: int) -> list[tuple[str, int]]:
+def grpc_options(limits: Limits) -> list[tuple[str, int]]:
     """The same for a gRPC server, as far as gRPC can: the number of calls at a time is an argument of the server itself."""
     return [
-        ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", limits.body_bytes),
+        ("grpc.max_receive_message_length", limits.body_bytes),
         ("grpc.max_concurrent_streams", limits.max_connections),
         ("grpc.max_metadata_size", 64 * KIB),
         ("grpc.server_handshake_timeout_ms", int(limits.patience_s * 1000)),

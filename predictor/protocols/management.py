@@ -31,7 +31,7 @@ from predictor.protocols.codes import BodyTooLarge, codes
 from predictor.protocols.statistics import statistics
 
 SERVICE = "inference.GRPCInferenceService"
-_MAX_BODY_BYTES = 1 << 20
+_MAX_BODY_BYTES = 16 << 10
 log = logging.getLogger("sluice.predictor")
 
 _GET: Mapping[str, Callable[..., object]] = {
@@ -157,7 +157,7 @@ async def _not_offered(request: Request) -> Response:
 async def _on_sluice_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, SluiceError)
     code, _, headers = codes(error)
-    return _json({"error": error.message}, code, headers)
+    return _json({"error": error.message}, code, {**headers, "connection": "close"} if code == 413 else headers)
 
 
 async def _on_http_exception(_request: Request, error: Exception) -> Response:

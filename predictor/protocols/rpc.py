@@ -33,9 +33,9 @@ _RAW_INPUT_CONTENTS, _RAW_OUTPUT_CONTENTS = 7, 6
 log = logging.getLogger("sluice.predictor")
 
 
-def server(front: Front, limits: Limits, max_message_bytes: int) -> grpc.aio.Server:
+def server(front: Front, limits: Limits) -> grpc.aio.Server:
     """A gRPC server with every service on it; it has no port yet."""
-    made = grpc.aio.server(options=grpc_options(limits, max_message_bytes), maximum_concurrent_rpcs=limits.max_connections)
+    made = grpc.aio.server(options=grpc_options(limits), maximum_concurrent_rpcs=limits.max_connections)
     handler = grpc.unary_unary_rpc_method_handler(_Inference(front).infer)
     made.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"ModelInfer": handler}),))
     for add_service in SERVICES:
