@@ -13,6 +13,7 @@ import sys
 import uvloop
 
 from contracts.errors import SluiceError
+from nodeagent.shell import logs
 from nodeagent.shell.agent import Agent
 from nodeagent.shell.listener import lock_run_dir
 from nodeagent.shell.options import Options, parse
@@ -34,7 +35,7 @@ async def _serve(options: Options) -> None:
 def main(options: Options) -> int:
     """Serves until a signal; 0 after a clean end, 1 when the agent could not start or its state broke."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s nodeagent %(levelname)s %(message)s")
+    logs.start()
     try:
         lock = lock_run_dir(options.run_dir)
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,10 +28,7 @@ def start(folder: Path) -> Iterator[Callable[..., Node]]:
 
     yield start
     for node in nodes:
-        node.kill()
-        assert node.process.stderr is not None
-        node.process.stderr.close()
-        shutil.rmtree(node.store, ignore_errors=True)
+        node.remove()
 
 
 @pytest.fixture

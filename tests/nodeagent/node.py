@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import mmap
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -201,8 +202,9 @@ class Node:
         command = [sys.executable, "-m", module, "--run-dir", str(run_dir), "--device-memory", memory, "--host-memory", host]
         if "--device" not in arguments:
             command += ["--device", "cpu:0"]
-        self.process = subprocess.Popen([*command, *arguments], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
-        self.log: list[str] = []
+        # No pipe: an agent that writes much must not wait for a test that reads nothing.
+        self._log = os.memfd_create("test-agent-log")
+        self.process = subprocess.Popen([*command, *arguments], cwd=REPOSITORY, stderr=self._log)
 
     def ready(self) -> Node:
         """Waits until it answers. Connecting proves nothing: a child of a killed agent may hold the old socket until it runs its own program."""
@@ -231,9 +233,8 @@ class Node:
         return store_folder(self.run_dir)
 
     def read_log(self) -> str:
-        """All that it wrote; waits for its end."""
-        assert self.process.stderr is not None
-        return self.process.stderr.read()
+        """All that it wrote so far."""
+        return os.pread(self._log, os.fstat(self._log).st_size, 0).decode()
 
     def children(self) -> list[psutil.Process]:
         """Its processes: fork server, lanes (as children of the fork server), loader."""
@@ -243,6 +244,12 @@ class Node:
         """SIGKILL."""
         self.process.kill()
         self.process.wait()
+
+    def remove(self) -> None:
+        """Ends it, if it runs, and removes what it left."""
+        self.kill()
+        os.close(self._log)
+        shutil.rmtree(self.store, ignore_errors=True)
 
     def terminate(self) -> int:
         """SIGTERM; the exit status."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import threading
 import time
@@ -62,10 +61,7 @@ def served() -> Iterator[tuple[Node, Control]]:
         node, control = _start(folder / "run")
         yield node, control
         control.channel.close()
-        node.kill()
-        assert node.process.stderr is not None
-        node.process.stderr.close()
-        shutil.rmtree(node.store, ignore_errors=True)
+        node.remove()
 
 
 class Caller:
@@ -208,5 +204,4 @@ def test_kill_9_of_the_agent_leaves_no_process_and_the_next_serves_without_loadi
         _check(references[5], parts, caller.answer(caller.submit(5, parts)))
     finally:
         assert again.terminate() == 0
-        assert again.process.stderr is not None
-        again.process.stderr.close()
+        again.remove()

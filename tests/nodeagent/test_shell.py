@@ -240,9 +240,8 @@ def test_metrics_are_served(start: Callable[..., Node]) -> None:
     node = start("--metrics-port", "0").ready()
     control = Control(node.run_dir)
     control.declare(function("a", "add?value=1", share=Share(40, 550)))
-    assert node.process.stderr is not None
-    line = next(line for line in node.process.stderr if "metrics on" in line)
-    page = urllib.request.urlopen(line.split()[-1], timeout=20).read().decode()
+    url = next(line.split()[-1] for line in node.read_log().splitlines() if "metrics on" in line)
+    page = urllib.request.urlopen(url, timeout=60).read().decode()
     assert 'sluice_share_quota_percent{function="default/a"} 5.5' in page
     assert 'sluice_gpu_seconds_total{function="default/a"} 0.0' in page
     assert 'sluice_device_memory_bytes{device="cpu:0"} 0.0' in page

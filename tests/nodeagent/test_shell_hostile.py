@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import socket
@@ -11,7 +12,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contracts.channel import connect
@@ -35,12 +36,8 @@ def served() -> Iterator[tuple[Node, Predictor]]:
         predictor = Predictor(node.run_dir)
         predictor.call("default/a", ROWS)
         yield node, predictor
-        node.terminate()
-        assert node.process.stderr is not None
-        node.process.stderr.close()
-        for file in node.store.iterdir():
-            file.unlink()
-        node.store.rmdir()
+        assert node.terminate() == 0
+        node.remove()
 
 
 def still_serves(served: tuple[Node, Predictor]) -> None:
@@ -186,7 +183,7 @@ def _descriptors(node: Node) -> int:
     return len(os.listdir(f"/proc/{node.process.pid}/fd"))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(
     st.lists(st.one_of(st.binary(max_size=40), st.sampled_from([encode(HELLO), encode(Cancel(1)), encode(Cancel(-1))])), max_size=5), st.booleans()
 )
@@ -212,7 +209,7 @@ REFS = st.builds(
 PARTS = st.builds(Part, st.integers(-(2**62), 2**62), st.lists(REFS, max_size=3).map(tuple), st.lists(REFS, max_size=3).map(tuple))
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100)
 @given(
     st.sampled_from(["default/a", "default/b", "", "../a", "\0"]),
     st.lists(PARTS, max_size=4).map(tuple),
@@ -250,6 +247,18 @@ def test_a_segment_cannot_be_cut_short_under_a_lane(served: tuple[Node, Predicto
         os.ftruncate(predictor.fd, mmap.PAGESIZE)
     assert isinstance(predictor.outcome(predictor.submit("default/a", ROWS)), Answer)
     predictor.close()
+
+
+def test_bad_connections_by_the_hundred_write_few_lines(served: tuple[Node, Predictor]) -> None:
+    node, _ = served
+    before = node.read_log().count("is closed")
+    for _ in range(400):
+        with connect(str(node.run_dir / "agent.sock")) as sock:
+            sock.sendall(b"\xff" * 8)
+            with contextlib.suppress(ConnectionResetError):
+                assert not sock.recv(1)
+    assert node.read_log().count("is closed") - before < 200
+    still_serves(served)
 
 
 def test_the_run_dir_is_closed_to_others(served: tuple[Node, Predictor]) -> None:
