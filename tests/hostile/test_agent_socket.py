@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import psutil
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contracts import wire
@@ -28,7 +28,7 @@ from tests.hostile.conftest import Scene
 SEGMENT = 1 << 20
 FUTURE_WRITE = 0x10
 """F_SEAL_FUTURE_WRITE of linux/fcntl.h."""
-MANY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(max_examples=150)
 
 
 def _ref(index: int, side: str, **changes: object) -> Callable[[Submit], Submit]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.faults.real import FEATURES, source, until
@@ -313,7 +313,7 @@ TENSOR = st.fixed_dictionaries(
 DOCUMENTS = JSON | st.fixed_dictionaries({"inputs": st.lists(TENSOR, max_size=2)}, optional={"id": JSON, "outputs": JSON, "parameters": JSON})
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 @given(DOCUMENTS)
 def test_any_document_is_answered_or_a_bad_request(scene: Scene, document: Any) -> None:
     status, answered = scene.ask(json.dumps(document).encode())

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -24,7 +24,7 @@ from contracts.errors import InvalidArtifact, InvalidTensor
 from contracts.functions import ModelFormat, ModelRef
 from models.load import load
 
-FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=60)
 EXPORT, SCRIPT, SAFE = ModelFormat.TORCH_EXPORT, ModelFormat.TORCHSCRIPT, ModelFormat.SAFETENSORS
 
 

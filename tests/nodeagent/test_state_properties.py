@@ -120,7 +120,7 @@ def play(chance: random.Random, devices: int, steps: int) -> Driver:
     return history.driver
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.randoms(use_true_random=False), st.integers(1, 4), st.integers(20, 2000))
 def test_any_history_keeps_the_invariants_and_answers_everything(chance: random.Random, devices: int, steps: int) -> None:
     driver = play(chance, devices, steps)
