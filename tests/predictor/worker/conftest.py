@@ -41,12 +41,13 @@ from contracts.wire import (
     Spawn,
     TensorRef,
 )
+from models.dtypes import TORCH_DTYPES
 from models.load import load
 from models.store_writer import write
+from predictor.tensors import NUMPY
 
 ROOT = Path(__file__).parents[3]
 PATIENCE_S = 60.0
-OIP = {"float32": "FP32", "int64": "INT64", "float64": "FP64", "bool": "BOOL"}
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -67,11 +68,10 @@ class Batch:
     segment: mmap.mmap
 
     def outputs(self, part: int = 0) -> dict[str, np.ndarray]:
-        dtypes = {oip: name for name, oip in OIP.items()}
         found = {}
         for ref in self.run.parts[part].outputs:
             raw = self.segment[ref.offset : ref.offset + ref.nbytes]
-            found[ref.name] = np.frombuffer(raw, dtype=dtypes[ref.dtype]).reshape(ref.shape)
+            found[ref.name] = np.frombuffer(raw, dtype=NUMPY[ref.dtype]).reshape(ref.shape)
         return found
 
 
@@ -146,11 +146,12 @@ class LaneEnd:
             end = -(-(end + nbytes) // 64) * 64
             return ref
 
+        dtypes = {spec.name: spec.dtype for spec in model.index.signature.inputs}
         placed = []
         for arrays in parts:
             inputs = []
             for tensor_name, array in arrays.items():
-                ref = place(tensor_name, OIP[str(array.dtype)], array.shape, array.nbytes)
+                ref = place(tensor_name, dtypes[tensor_name], array.shape, array.nbytes)
                 memory[ref.offset : ref.offset + ref.nbytes] = array.tobytes()
                 inputs.append(ref)
             sizes = model.index.signature.bind({ref.name: (ref.dtype, ref.shape) for ref in inputs})
@@ -234,22 +235,30 @@ def rows_of(model: Stored, rows: int, seed: int) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="session")
-def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Stored]:
-    """The model of the catalogue that a source names, in a host store. References run with one thread, as the lanes do."""
+def keep(tmp_path_factory: pytest.TempPathFactory) -> Callable[[ModelRef], Stored]:
+    """Puts a model into a host store. References run with one thread, as the lanes do."""
     torch.set_num_threads(1)
     store = tmp_path_factory.mktemp("store")
 
     @functools.cache
-    def put(source: str) -> Stored:
-        loaded = load(ModelRef(ModelFormat.CATALOG, source))
+    def put(ref: ModelRef) -> Stored:
+        loaded = load(ref)
         index = write(loaded, store, 1 << 40)
 
         def reference(arrays: Arrays) -> dict[str, np.ndarray]:
-            return {name: tensor.numpy() for name, tensor in loaded.run({name: torch.from_numpy(array) for name, array in arrays.items()}).items()}
+            tensors = {spec.name: torch.from_numpy(arrays[spec.name]).view(TORCH_DTYPES[spec.dtype]) for spec in index.signature.inputs}
+            carriers = {spec.name: getattr(torch, NUMPY[spec.dtype].name) for spec in index.signature.outputs}
+            return {name: tensor.view(carriers[name]).numpy() for name, tensor in loaded.run(tensors).items()}
 
         return Stored(index, store / f"{index.digest}.weights", reference)
 
     return put
+
+
+@pytest.fixture(scope="session")
+def stored(keep: Callable[[ModelRef], Stored]) -> Callable[[str], Stored]:
+    """The model of the catalogue that a source names."""
+    return lambda source: keep(ModelRef(ModelFormat.CATALOG, source))
 
 
 @pytest.fixture(scope="module")
