@@ -30,7 +30,8 @@ _DRAINED = 0.5
 class Sampling:
     """How many batches a point takes: until the standard error of the mean latency is below `spread` of it.
 
-    At least `enough` batches, or as many as fit `seconds`, and `fewest` in any case; it ends after `most_seconds`, whatever the spread.
+    At least `enough` batches, or as many as fit `seconds`, and no fewer than `fewest`; but after `most_seconds` two will do, whatever their spread:
+    under a small quota a batch takes minutes, and hardly anything of that is chance.
     """
 
     spread: float = 0.01
@@ -79,11 +80,9 @@ class _Samples:
 
     def suffice(self, sampling: Sampling, begun_ns: int) -> bool:
         count, passed_s = len(self.latency_ns), (time.monotonic_ns() - begun_ns) / S
-        if count < sampling.fewest:
-            return False
-        if passed_s >= sampling.most_seconds:
+        if passed_s >= sampling.most_seconds and count >= 2:
             return True
-        if count < sampling.enough and passed_s < sampling.seconds:
+        if count < sampling.fewest or (count < sampling.enough and passed_s < sampling.seconds):
             return False
         error_ns = statistics.stdev(self.latency_ns) / math.sqrt(count)
         return error_ns <= sampling.spread * statistics.fmean(self.latency_ns)

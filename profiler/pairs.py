@@ -49,11 +49,10 @@ def measure(
     """
     if len(functions) < 2:
         raise InvalidValue("interference needs two functions or more", key="functions", value=[function.key for function in functions])
-    node = node or NodeOptions()
     pairs: list[Pair] = []
     total = len(functions) * (len(functions) - 1) * len(SPLITS)
-    with running(functions, node) as session:
-        device, facts = facts_of(session, node)
+    with running(functions, node or NodeOptions()) as session:
+        device, facts = facts_of(session)
         loads = {function.key: _Load(function, batch, seed, features) for function in functions}
         for couple in combinations(functions, 2):
             if not beside_load:

@@ -78,10 +78,11 @@ class NodeOptions(msgspec.Struct, frozen=True):
 
 
 class Session:
-    """A connection to an agent. `store` is the folder of its host weights, None where nobody knows it."""
+    """A connection to an agent. `store` is the folder of its host weights, None where nobody knows it; `threads` the compute threads of its lanes."""
 
-    def __init__(self, run_dir: Path, store: Path | None) -> None:
+    def __init__(self, run_dir: Path, store: Path | None, threads: int = 1) -> None:
         """Connects; Unavailable when no agent listens there."""
+        self.threads = threads
         self._run_dir = run_dir
         self._store = store
         self._ids = itertools.count(1)
@@ -186,14 +187,20 @@ class Caller:
         """Runs the batch once: the agent's answer, and the latency as the client sees it in ns. The agent's error is raised."""
         begun_ns = time.monotonic_ns()
         number = next(self._ids)
-        self._channel.send(Submit(number, self._key, self._parts, begun_ns + _TIMEOUT_NS, begun_ns + _TIMEOUT_NS))
-        while True:
-            message = self._receive()
-            took_ns = time.monotonic_ns() - begun_ns
-            if isinstance(message, Answer) and message.id == number:
-                return message, took_ns
-            if isinstance(message, Failed) and message.id == number:
-                raise from_wire(message.kind, message.message, message.retry_after_ms)
+        try:
+            self._channel.send(Submit(number, self._key, self._parts, begun_ns + _TIMEOUT_NS, begun_ns + _TIMEOUT_NS))
+            while (received := self._channel.receive()) is not None:
+                took_ns = time.monotonic_ns() - begun_ns
+                message, fds = received
+                if isinstance(message, Answer) and message.id == number:
+                    return message, took_ns
+                if isinstance(message, Failed) and message.id == number:
+                    raise from_wire(message.kind, message.message, message.retry_after_ms)
+                for fd in fds:  # of news that only a whole predictor needs
+                    os.close(fd)
+        except OSError as error:
+            raise Unavailable(f"the node agent does not answer ({error})") from None
+        raise Unavailable("the node agent ended, or broke off the connection")
 
     def close(self) -> None:
         """Ends the connection; the segment goes with it."""
@@ -204,15 +211,6 @@ class Caller:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _receive(self) -> Message:
-        try:
-            received = self._channel.receive()
-        except OSError as error:
-            raise Unavailable(f"the node agent does not answer ({error})") from None
-        if received is None:
-            raise Unavailable("the node agent ended, or broke off the connection")
-        return received[0]
 
     def _place(self, signature: Signature, inputs: Arrays, sizes: Mapping[str, int]) -> int:
         """Writes the inputs, lays out the outputs behind them, and says how long the segment is."""
@@ -269,7 +267,7 @@ def started(options: NodeOptions) -> Iterator[Session]:
         with log.open("wb") as output:
             agent = _spawn([sys.executable, "-m", "nodeagent", *arguments], output.fileno())
         try:
-            session = _reach(run_dir, Path(store), agent, log)
+            session = _reach(run_dir, Path(store), options.threads, agent, log)
             try:
                 yield session
             finally:
@@ -295,11 +293,11 @@ def _spawn(command: list[str], output: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, preexec_fn=die_with_parent)
 
 
-def _reach(run_dir: Path, store: Path, agent: subprocess.Popen[bytes], log: Path) -> Session:
+def _reach(run_dir: Path, store: Path, threads: int, agent: subprocess.Popen[bytes], log: Path) -> Session:
     deadline = time.monotonic() + _START_S
     while True:
         with contextlib.suppress(Unavailable):
-            return Session(run_dir, store)
+            return Session(run_dir, store, threads)
         if agent.poll() is not None or time.monotonic() > deadline:
             state = "did not start in time" if agent.returncode is None else f"ended with code {agent.returncode}"
             last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]

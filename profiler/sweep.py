@@ -128,7 +128,7 @@ def sweep(
     outcomes: list[Outcome] = []
     spent_s = 0.0
     with running(functions, node) as session:
-        device, facts = facts_of(session, node)
+        device, facts = facts_of(session)
         with Table(path, device, facts) as table:
             for done, function in enumerate(functions):
                 budget_s = None if plan.budget_s is None else (plan.budget_s - spent_s) / (len(functions) - done)
@@ -138,14 +138,13 @@ def sweep(
     return outcomes
 
 
-def facts_of(session: Session, node: NodeOptions | Session) -> tuple[str, DeviceFacts]:
+def facts_of(session: Session) -> tuple[str, DeviceFacts]:
     """The one device of a session's node, and its facts, measured now; InvalidValue when it has several."""
     status = session.status()
     if len(status.devices) != 1:
         raise InvalidValue("a sweep measures a node with one device", key="devices", value=[each.device for each in status.devices])
     (found,) = status.devices
-    threads = node.threads if isinstance(node, NodeOptions) else 1
-    return found.device, devices.measure(found.device, found.capacity_bytes, threads)
+    return found.device, devices.measure(found.device, found.capacity_bytes, session.threads)
 
 
 class _Sweep:

@@ -64,6 +64,7 @@ class FakeNode(Session):
         self.cold: set[str] = set()
         self.calls = self.fails_at = self.callers = 0
         self.digest = "a" * 64
+        self.threads = 1
 
     @contextlib.contextmanager
     def serving(self, function: Function, share: Share) -> Iterator[str]:
