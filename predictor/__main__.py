@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 
 from contracts.units import MIB, parse_bytes
+from predictor.logs import configure
 from predictor.protocols.limits import Limits
 from predictor.server import Settings, serve
 
@@ -29,9 +29,14 @@ def main(argv: list[str] | None = None) -> int:
         "--patience-s", type=float, default=20, metavar="S", help="how long a client may stand still while it sends or reads (default: %(default)s)"
     )
     parser.add_argument("--keep-alive-s", type=float, default=75, metavar="S", help="how long a connection may be idle (default: %(default)s)")
+    parser.add_argument(
+        "--log-format", choices=["text", "json"], default="text", help="how lines are written to standard error (default: %(default)s)"
+    )
+    parser.add_argument("--access-log", type=float, default=0, metavar="N", help="a line for each request, at most N a second (default: 0, none)")
+    parser.add_argument("--traces", default="", metavar="NAME", help="OpenTelemetry's exporter (otlp, console), set up by its OTEL_* variables")
     options = parser.parse_args(argv)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else each call starts a thread for every core of the node
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    configure(options.log_format)
     return serve(
         Settings(
             agent_path=options.agent,
@@ -46,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
                 keep_alive_s=options.keep_alive_s,
                 body_bytes=options.max_body_bytes,
             ),
+            traces=options.traces,
+            access_log_per_s=options.access_log,
         )
     )
 

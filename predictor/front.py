@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from contracts.artifact import Signature
 from contracts.errors import DeadlineExceeded, InvalidValue, NotFound, SluiceError, Unavailable
 from contracts.functions import MAX_NS
 from contracts.units import MS, S, ms
-from predictor.dispatch import Dispatcher, Outcome, Ticket
+from predictor.dispatch import Dispatcher, Outcome, Served, Ticket
 from predictor.tensors import Array, Given, bind
 from predictor.text import find as find_text
 
@@ -39,12 +39,31 @@ class ClientGone(Exception):
     """Nobody is there any more to hear the answer."""
 
 
+class Finished(NamedTuple):
+    """A request that has ended: `kind` is "ok" or the kind of error, `outcome` is there when it was answered. Times are monotonic.
+
+    `headers` are pairs of name and value as the protocol has them, bytes or text.
+    """
+
+    model: str
+    function: str
+    kind: str
+    outcome: Outcome | None
+    start_ns: int
+    end_ns: int
+    headers: Iterable[tuple[Any, Any]]
+
+
 class Front:
-    """What all protocols share. `draining`: on the way down, so not ready, but what comes is still served."""
+    """What all protocols share. `draining`: on the way down, so not ready, but what comes is still served.
+
+    `observers` hear of every request that has ended (traces, logs).
+    """
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self.dispatcher = dispatcher
         self.draining = False
+        self.observers: list[Callable[[Finished], None]] = []
 
     async def infer(
         self,
@@ -53,6 +72,7 @@ class Front:
         timeout_ns: int | None,
         receive: Receive | None = None,
         version: str = "",
+        headers: Iterable[tuple[Any, Any]] = (),
     ) -> T:
         """The encoded answer of the model `name`; any SluiceError, or ClientGone where `receive` (ASGI) says so."""
         served = self.dispatcher.find(name)
@@ -76,15 +96,24 @@ class Front:
                 answer = encode(ticket.outputs, outcome)
             finally:
                 self.dispatcher.finish(ticket)
-        except SluiceError as error:
-            served.metrics.failed(type(error).__name__, time.monotonic_ns() - start_ns)
-            raise
-        except (ClientGone, asyncio.CancelledError):
-            served.metrics.failed("cancelled", time.monotonic_ns() - start_ns)
+        except (SluiceError, ClientGone, asyncio.CancelledError) as error:
+            end_ns = time.monotonic_ns()
+            kind = type(error).__name__ if isinstance(error, SluiceError) else "cancelled"
+            served.metrics.failed(kind, end_ns - start_ns)
+            self._tell(name, served, kind, None, start_ns, end_ns, headers)
             raise
         end_ns = time.monotonic_ns()
         served.metrics.succeeded(end_ns - start_ns, ticket.arrival_ns - start_ns, end_ns - ran_ns)
+        self._tell(name, served, "ok", outcome, start_ns, end_ns, headers)
         return answer
+
+    def _tell(
+        self, name: str, served: Served, kind: str, outcome: Outcome | None, start_ns: int, end_ns: int, headers: Iterable[tuple[Any, Any]]
+    ) -> None:
+        if self.observers:
+            finished = Finished(name, served.key, kind, outcome, start_ns, end_ns, headers)
+            for observe in self.observers:
+                observe(finished)
 
     async def _tokens(self, name: str, signature: Signature, text: Given, left_ns: int) -> dict[str, Array]:
         """The inputs that stand for a text; after the wait for them the function must still be what it was."""

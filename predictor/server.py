@@ -14,17 +14,19 @@ import math
 import signal
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grpc  # type: ignore[import-untyped]
 import msgspec
 import uvicorn
 import uvloop
 
+from contracts.errors import InvalidValue
 from predictor.dispatch import Dispatcher
-from predictor.front import Front
+from predictor.front import Finished, Front
+from predictor.logs import access_log
 from predictor.metrics import Metrics
-from predictor.protocols import management, rpc
+from predictor.protocols import management, rpc, tracing
 from predictor.protocols.http import Http
 from predictor.protocols.limits import BoundedHttp, Intake, Limits, watch
 
@@ -44,6 +46,8 @@ class Settings(msgspec.Struct, frozen=True):
     segment_bytes: int = 256 << 20
     linger_ms: int = 0
     limits: Limits = Limits()
+    traces: str = ""
+    access_log_per_s: float = 0.0
 
 
 class _Server(uvicorn.Server):
@@ -60,7 +64,7 @@ def serve(settings: Settings) -> int:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
             return runner.run(_run(settings))
-        except (OSError, RuntimeError) as error:  # gRPC's error for a port that is taken is a RuntimeError
+        except (OSError, RuntimeError, InvalidValue) as error:  # gRPC's error for a port that is taken is a RuntimeError
             log.error("cannot serve: %s", error)
             return 1
 
@@ -72,6 +76,7 @@ async def _run(settings: Settings) -> int:
         loop.add_signal_handler(number, stop.set)
     dispatcher = Dispatcher(settings.agent_path, settings.segment_bytes, Metrics())
     front = Front(dispatcher)
+    front.observers += _observers(settings)
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.create_server((settings.host, settings.http_port), family=family, backlog=2048)
     # For answers that the kernel holds, and those whose connection has been closed: a peer that takes nothing for so long is given up.
@@ -97,6 +102,12 @@ async def _run(settings: Settings) -> int:
     watching.cancel()
     dispatcher.client.close()
     return 0 if stop.is_set() else 1
+
+
+def _observers(settings: Settings) -> list[Callable[[Finished], None]]:
+    tracer = tracing.tracer(settings.traces)
+    found = [] if tracer is None else [tracing.spans(tracer)]
+    return [*found, access_log(settings.access_log_per_s)] if settings.access_log_per_s > 0 else found
 
 
 def _http_server(settings: Settings, intake: Intake, application: Http) -> _Server:

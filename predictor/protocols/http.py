@@ -58,7 +58,9 @@ class Http:
         try:
             body = await self._body(scope, receive)
             timeout = timeout_ns(headers.get(b"sluice-timeout-ms"))
-            answer, more = await self._front.infer(name, lambda signature: decode(name, body, headers, signature), timeout, receive, version)
+            answer, more = await self._front.infer(
+                name, lambda signature: decode(name, body, headers, signature), timeout, receive, version, scope["headers"]
+            )
             await _respond(send, 200, answer, more)
         except SluiceError as error:
             code, _, more = codes(error)

@@ -55,7 +55,11 @@ class _Inference:
             request, raw = _parse(message)
             timeout = _timeout_ns(context)
             return await self._front.infer(
-                request.model_name, lambda signature: _decode(request, raw, signature), timeout, version=request.model_version
+                request.model_name,
+                lambda signature: _decode(request, raw, signature),
+                timeout,
+                version=request.model_version,
+                headers=context.invocation_metadata() or (),
             )
         except SluiceError as error:
             _, status, more = codes(error)

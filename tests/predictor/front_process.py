@@ -25,10 +25,17 @@ class Front:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.until(lambda: "serving on http" in self.log or self.process.poll() is not None)
-        found = re.search(r"serving on (http://\S+)", self.log)
+        found = re.search(r"serving on (http://[\w.:]+)", self.log)
         assert found, self.log
         self.url = found[1]
         self.http = httpx.Client(base_url=self.url, timeout=30)
+
+    @property
+    def grpc_address(self) -> str:
+        """Where gRPC is served; only with --grpc-port."""
+        found = re.search(r"serving gRPC on ([\w.:]+)", self.log)
+        assert found, self.log
+        return found[1]
 
     def _read(self) -> None:
         assert self.process.stderr is not None

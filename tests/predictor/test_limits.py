@@ -187,8 +187,7 @@ def test_many_unfinished_bodies_are_refused_together(front: Front) -> None:
 
 @pytest.fixture(scope="module")
 def stub(shared_front: Front) -> Iterator[GRPCInferenceServiceStub]:
-    port = shared_front.log.split("serving gRPC on 127.0.0.1:")[1].split()[0]
-    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+    with grpc.insecure_channel(shared_front.grpc_address) as channel:
         yield GRPCInferenceServiceStub(channel)
 
 
