@@ -2,17 +2,20 @@
 
 import asyncio
 import os
+import struct
 from collections.abc import Iterator
 
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given as examples
+from hypothesis import strategies as st
 
 from contracts.artifact import Text
-from contracts.errors import ExecutionError, Refused, Unavailable
+from contracts.errors import ExecutionError, InvalidTensor, Refused, Unavailable
 from predictor import text as module
 from predictor.tensors import NESTED, Given
-from predictor.text import Tokenizers
+from predictor.text import Tokenizers, texts
 from tests.models.text_models import WORDS, tokenizer_json
 from tests.predictor.fake_agent import TOKENS
 
@@ -28,6 +31,22 @@ def memfd(content: str = tokenizer_json()) -> int:
 
 def given(*texts: str) -> Given:
     return Given("text", NESTED, None, list(texts))
+
+
+@examples(st.lists(st.text(max_size=20), min_size=1, max_size=20))
+def test_texts_come_back_from_their_frames(wanted: list[str]) -> None:
+    data = b"".join(struct.pack("<I", len(text.encode())) + text.encode() for text in wanted)
+    assert texts(Given("text", [len(wanted), 1], "BYTES", memoryview(data))) == wanted
+
+
+@examples(st.binary(max_size=64), st.integers(-2, 9))
+def test_any_bytes_are_texts_or_the_callers_error(data: bytes, rows: int) -> None:
+    try:
+        found = texts(Given("text", [rows], "BYTES", data))
+    except InvalidTensor as error:
+        assert error.key.startswith("text")  # noqa: PT017 - either outcome is right
+    else:
+        assert b"".join(struct.pack("<I", len(text.encode())) + text.encode() for text in found) == data
 
 
 @pytest.fixture
