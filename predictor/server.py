@@ -24,6 +24,7 @@ import uvloop
 from contracts.errors import InvalidValue
 from predictor.dispatch import Dispatcher
 from predictor.front import Finished, Front
+from predictor.heap import keep_freed_memory
 from predictor.logs import access_log
 from predictor.metrics import Metrics
 from predictor.protocols import management, rpc, tracing
@@ -61,6 +62,7 @@ class _Server(uvicorn.Server):
 def serve(settings: Settings) -> int:
     """Serves until SIGTERM or SIGINT; 0 after a clean drain."""
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    keep_freed_memory()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
             return runner.run(_run(settings))

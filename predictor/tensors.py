@@ -20,6 +20,7 @@ import orjson
 
 from contracts.artifact import DTYPE_BYTES, Signature, TensorSpec
 from contracts.errors import InvalidTensor, InvalidValue
+from predictor import number_arrays
 
 Array = npt.NDArray[np.generic]
 
@@ -65,7 +66,9 @@ class Given(NamedTuple):
 
 
 def parse(body: bytes | memoryview) -> Any:
-    """The JSON value of a body; InvalidValue says where it breaks."""
+    """The JSON value of a body, with long lists of numbers as arrays; InvalidValue says where it breaks."""
+    if (document := number_arrays.loads(body)) is not None:
+        return document
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -109,12 +112,9 @@ def _claimed(given: Given, spec: TensorSpec) -> Array:
     count = math.prod(shape)
     if isinstance(data, bytes | memoryview):
         return _from_buffer(data, spec, shape, count)
-    if isinstance(data, np.ndarray):
-        array = _narrowed(data, spec)
-    elif isinstance(data, list):
-        array = _array(data, spec)
-    else:
+    if not isinstance(data, list | np.ndarray):
         raise InvalidTensor("must be a list of the values", key=f"{name}.data", value=shown(data))
+    array = _array(data, spec)
     if list(array.shape) != shape and (array.ndim != 1 or array.size != count):
         raise InvalidTensor(f"must have the shape {shape} or be its {count} values in a row", key=f"{name}.data", value=list(array.shape))
     return array.reshape(shape)
@@ -130,27 +130,45 @@ def _from_buffer(data: bytes | memoryview, spec: TensorSpec, shape: list[int], c
     return array.reshape(shape)
 
 
-def _narrowed(data: Array, spec: TensorSpec) -> Array:
-    """Typed values in their own type; InvalidTensor where one does not fit."""
-    dtype = NUMPY[spec.dtype]
-    if data.dtype == dtype or not data.size:
-        return data.astype(dtype, copy=False)
-    limits = np.iinfo(dtype.name)
-    for wrong in (data.min(), data.max()):
-        if not limits.min <= wrong <= limits.max:
-            raise InvalidTensor(f"does not fit {spec.dtype}", key=spec.name, value=int(wrong))
-    return data.astype(dtype)
+def _narrowed(values: Array, spec: TensorSpec) -> Array:
+    """Values of a wider type in the input's own; InvalidTensor where they are of another kind or one does not fit."""
+    dtype = np.dtype(np.float32) if spec.dtype == "BF16" else NUMPY[spec.dtype]
+    if values.dtype == dtype or not values.size:
+        array = values.astype(dtype, copy=False)
+    elif dtype.kind == "f" and values.dtype.kind in "iuf":
+        with np.errstate(over="ignore"):
+            array = values.astype(dtype)
+        if not (finite := np.isfinite(array)).all():
+            raise InvalidTensor(f"does not fit {spec.dtype}", key=spec.name, value=values[int(np.argmin(finite))].item())
+    elif dtype.kind in "iu" and values.dtype.kind in "iu":
+        limits = np.iinfo(dtype.name)
+        for wrong in (values.min(), values.max()):
+            if not limits.min <= wrong <= limits.max:
+                raise InvalidTensor(f"does not fit {spec.dtype}", key=spec.name, value=int(wrong))
+        array = values.astype(dtype)
+    else:
+        raise _wrong_kind(spec, values[0].item())
+    return _to_bf16(array) if spec.dtype == "BF16" else array
+
+
+def _wrong_kind(spec: TensorSpec, value: object) -> InvalidTensor:
+    names = " and ".join(sorted(kind.__name__ for kind in _kinds(spec)))
+    return InvalidTensor(f"takes only {names} values ({spec.dtype})", key=spec.name, value=shown(value))
+
+
+def _kinds(spec: TensorSpec) -> set[type]:
+    """What JSON values of this input are."""
+    return {bool} if spec.dtype == "BOOL" else {int, float} if spec.dtype in ("FP16", "FP32", "FP64", "BF16") else {int}
 
 
 def _array(values: Any, spec: TensorSpec) -> Array:
     """Nested lists of JSON values as one tensor; every error names the input."""
     shape, flat = _flatten(values, spec.name)
-    kinds = set(map(type, flat))
-    allowed = {bool} if spec.dtype == "BOOL" else {int, float} if spec.dtype in ("FP16", "FP32", "FP64", "BF16") else {int}
-    if not kinds <= allowed:
-        wrong = next(value for value in flat if type(value) not in allowed)
-        names = " and ".join(sorted(kind.__name__ for kind in allowed))
-        raise InvalidTensor(f"takes only {names} values ({spec.dtype})", key=spec.name, value=shown(wrong))
+    if isinstance(flat, np.ndarray):
+        return _narrowed(flat, spec).reshape(shape)
+    kinds = _kinds(spec)
+    if not set(map(type, flat)) <= kinds:
+        raise _wrong_kind(spec, next(value for value in flat if type(value) not in kinds))
     try:
         with np.errstate(over="ignore"):
             array: Array = np.array(flat, np.float32 if spec.dtype == "BF16" else NUMPY[spec.dtype])
@@ -164,8 +182,10 @@ def _array(values: Any, spec: TensorSpec) -> Array:
     return (_to_bf16(array) if spec.dtype == "BF16" else array).reshape(shape)
 
 
-def _flatten(values: Any, name: str) -> tuple[list[int], list[Any]]:
-    """(shape, values in row-major order) of nested lists; InvalidTensor where they are ragged."""
+def _flatten(values: Any, name: str) -> tuple[list[int], list[Any] | Array]:
+    """(shape, values in row-major order) of nested lists, the innermost of which may be arrays; InvalidTensor where they are ragged."""
+    if isinstance(values, np.ndarray):
+        return list(values.shape), values
     if not isinstance(values, list):
         return [], [values]
     shape = [len(values)]
@@ -178,6 +198,11 @@ def _flatten(values: Any, name: str) -> tuple[list[int], list[Any]]:
             raise InvalidTensor(f"is ragged: a row of {length} values is followed by another", key=name, value=shown(wrong))
         shape.append(length)
         values = list(chain.from_iterable(values))
+    if values and isinstance(values[0], np.ndarray):
+        length = len(values[0])
+        if any(type(row) is not np.ndarray or len(row) != length for row in values):
+            raise InvalidTensor(f"is ragged: a row of {length} numbers is followed by another", key=name, value=f"{len(values)} rows")
+        return [*shape, length], np.concatenate(values)
     return shape, values
 
 
