@@ -161,6 +161,8 @@ def _nothing(search: _Search, batches: Sequence[int]) -> Need:
     reason = f"nothing will do at {objective.rate_per_s:g} requests/s: the whole device keeps {objective.latency_ms:g} ms up to {rate:.3g} requests/s"
     if not rate:
         reason = f"nothing will do: alone on the whole device a request takes up to {alone:.1f} ms, the objective is {objective.latency_ms:g} ms"
+    if best.latency_ms <= objective.latency_ms:
+        reason += f". Its middle, {best.latency_ms:.1f} ms, would do: more measurements may narrow the estimate"
     return Need(objective, "nothing", best, reason, reachable_rate_per_s=rate)
 
 

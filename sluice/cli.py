@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import click
 import msgspec
 
-from contracts.errors import NotFound, SluiceError
+from contracts.errors import NotFound
 from contracts.functions import Share
-from contracts.units import parse_bytes
 from contracts.wire import FunctionStatus, NodeStatus, SetShare
-from sluice import control, doctor, status
+from sluice import control, doctor, options, profile, status
 from sluice.documents import read_functions
 from sluice.plan import Plan, default_device_memory, default_host_memory, default_run_dir
 from sluice.ports import free_port
-
-
-def _bytes(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
-    try:
-        size = None if value is None else parse_bytes(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-    if size == 0:
-        raise click.BadParameter("must be greater than 0")
-    return size
 
 
 def _devices(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -41,38 +28,15 @@ def _devices(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ..
     return values
 
 
-def _errors_in_one_line(command: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(command)
-    def guarded(*args: object, **kwargs: object) -> None:
-        try:
-            command(*args, **kwargs)
-        except SluiceError as error:
-            click.echo(f"sluice: {error.message}", err=True)
-            sys.exit(1)
-
-    return guarded
-
-
-_run_dir = click.option(
-    "--run-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Folder of the node's sockets. [default: $XDG_RUNTIME_DIR/sluice or /tmp/sluice-UID]",
-)
-_as_json = click.option("--json", "as_json", is_flag=True, help="Write JSON, for machines.")
-
-
-def _examples(*lines: str) -> str:
-    return "\n  ".join(("\b\nExamples:", *lines))
-
-
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=_examples(
+    epilog=options.examples(
         "sluice up examples/functions.yaml                         serve until Ctrl-C",
         "sluice up examples/functions.yaml --demo 30               load it for 30 s, check every answer",
         "sluice status --watch                                     what every function gets, live",
         "sluice share minilm --sm 60 --quota 25                    change a share while it serves",
         "sluice doctor                                             can this machine serve?",
+        "sluice profile need minilm --slo-ms 200 --rate 20         the smallest share that keeps an objective",
     ),
 )
 @click.version_option(package_name="sluice")
@@ -80,9 +44,12 @@ def main() -> None:
     """Serve many models on few GPUs, each inside its share."""
 
 
+main.add_command(profile.command)
+
+
 @main.command(
     "up",
-    epilog=_examples(
+    epilog=options.examples(
         "sluice up examples/functions.yaml --device-memory 640Mi --demo 30",
         "sluice up a.yaml b.yaml --device cpu:0 --device cpu:1 --port 0 --json",
         "sluice up examples/functions.yaml --isolate --idle-seconds 5",
@@ -91,12 +58,20 @@ def main() -> None:
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
 @click.option("--device", "devices", callback=_devices, multiple=True, metavar="cpu:N", help="A device to serve on (repeatable). [default: cpu:0]")
 @click.option(
-    "--device-memory", callback=_bytes, metavar="SIZE", help="Memory of each device for weights. [default: a quarter of this machine's, at most 4Gi]"
+    "--device-memory",
+    callback=options.size,
+    metavar="SIZE",
+    help="Memory of each device for weights. [default: a quarter of this machine's, at most 4Gi]",
 )
 @click.option(
-    "--host-memory", callback=_bytes, metavar="SIZE", help="Budget of the weights in host memory. [default: four fifths of what /dev/shm has free]"
+    "--host-memory",
+    callback=options.size,
+    metavar="SIZE",
+    help="Budget of the weights in host memory. [default: four fifths of what /dev/shm has free]",
 )
-@click.option("--link-bandwidth", callback=_bytes, metavar="SIZE", help="Bytes per second from host to a CPU device. [default: as fast as it goes]")
+@click.option(
+    "--link-bandwidth", callback=options.size, metavar="SIZE", help="Bytes per second from host to a CPU device. [default: as fast as it goes]"
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port to listen on; 0 takes a free one.")
 @click.option("--grpc-port", type=click.IntRange(1, 65535), help="Port for gRPC; none without it. Not with --isolate.")
@@ -107,9 +82,9 @@ def main() -> None:
 @click.option("--demo", "demo_s", type=click.FloatRange(min=1), metavar="SECONDS", help="Load every function so long, check every answer, and end.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the demo's arrivals and inputs.")
 @click.option("--threads", type=click.IntRange(1, 256), default=1, show_default=True, help="Compute threads of a CPU lane.")
-@_run_dir
-@_as_json
-@_errors_in_one_line
+@options.run_dir
+@options.as_json
+@options.errors_in_one_line
 def up_command(
     files: tuple[Path, ...],
     devices: tuple[str, ...],
@@ -156,16 +131,16 @@ def up_command(
 
 @main.command(
     "status",
-    epilog=_examples(
+    epilog=options.examples(
         "sluice status",
         "sluice status --watch",
         "sluice status --json | jq '.functions[] | {key, rate}'",
     ),
 )
 @click.option("--watch", is_flag=True, help="Show it live, until Ctrl-C.")
-@_run_dir
-@_as_json
-@_errors_in_one_line
+@options.run_dir
+@options.as_json
+@options.errors_in_one_line
 def status_command(watch: bool, run_dir: Path | None, as_json: bool) -> None:
     """Show what every function has and gets: share, residence, rate, latency, GPU time, swaps."""
     folder = (run_dir or default_run_dir()).absolute()
@@ -179,7 +154,7 @@ def status_command(watch: bool, run_dir: Path | None, as_json: bool) -> None:
 
 @main.command(
     "share",
-    epilog=_examples(
+    epilog=options.examples(
         "sluice share minilm --sm 60 --quota 25",
         "sluice share team-a/resnet50 --quota 5 --limit 50",
     ),
@@ -188,9 +163,9 @@ def status_command(watch: bool, run_dir: Path | None, as_json: bool) -> None:
 @click.option("--sm", type=int, help="Percent of the SMs, 1 to 100.")
 @click.option("--quota", type=float, help="Percent of the time that is guaranteed, 0.01 to 100.")
 @click.option("--limit", type=float, help="Percent of the time that it may reach by borrowing, from the quota to 100.")
-@_run_dir
-@_as_json
-@_errors_in_one_line
+@options.run_dir
+@options.as_json
+@options.errors_in_one_line
 def share_command(function: str, sm: int | None, quota: float | None, limit: float | None, run_dir: Path | None, as_json: bool) -> None:
     """Change the share of FUNCTION (a name, or namespace/name) while it serves. What is not given stays."""
     if sm is None and quota is None and limit is None:
@@ -222,14 +197,14 @@ def _find(node: NodeStatus, function: str) -> FunctionStatus:
 
 @main.command(
     "doctor",
-    epilog=_examples(
+    epilog=options.examples(
         "sluice doctor",
         "sluice doctor --json",
     ),
 )
-@_run_dir
-@_as_json
-@_errors_in_one_line
+@options.run_dir
+@options.as_json
+@options.errors_in_one_line
 def doctor_command(run_dir: Path | None, as_json: bool) -> None:
     """Check whether this machine can serve, and say what to do where it cannot. Exit code 1 when a check fails."""
     checks = doctor.examine((run_dir or default_run_dir()).absolute())
