@@ -19,7 +19,9 @@ import numpy.typing as npt
 
 from contracts.errors import InvalidArtifact, InvalidValue
 from profiler.lattice import Array, Lattice, monotone, points
-from profiler.law import Belief, condition, design, evaluate, untrained
+from profiler.law import Belief, Posterior, Session, condition, untrained
+from profiler.population import learn
+from profiler.probes import best_probe
 
 VERSION = 1
 _Z90 = 1.6449
@@ -70,25 +72,20 @@ class Prediction:
 class ModelEstimate:
     """What is known about one model on one device, after its probes."""
 
-    def __init__(self, name: str, belief: Belief, probed: Array) -> None:
+    def __init__(self, name: str, lattice: Lattice, posterior: Posterior, probed: Array, caution: float) -> None:
         self.name = name
-        self._belief = belief
+        self._lattice = lattice
+        self._posterior = posterior
         self._probed = probed
-        lattice = belief.lattice
-        maps = design(lattice, lattice.rows())
-        value, part, slope = evaluate(belief.mean, maps)
-        variance = np.einsum("nu,uv,nv->n", slope, belief.covariance, slope, optimize=True).clip(0)
-        noise = part * belief.device_noise**2 + (1 - part) * belief.host_noise**2
-        self.sd = np.sqrt(variance).reshape(lattice.shape)
-        width = _Z90 * np.sqrt(variance + noise)
-        levels = [monotone(line.reshape(lattice.shape)) for line in (value, value - width, value + width)]
-        self._levels = np.stack(levels)
+        variance = np.diag(posterior.covariance).clip(0)
+        self.sd = np.sqrt(variance)
+        value, width = posterior.value, _Z90 * np.sqrt(caution**2 * variance + posterior.noise)
+        self._levels = np.stack([monotone(line.reshape(lattice.shape)) for line in (value, value - width, value + width)])
 
     def predict(self, batch: npt.ArrayLike, sm_percent: npt.ArrayLike, quota_percent: npt.ArrayLike) -> Prediction:
         """Latencies at the configurations (arrays of one length, scalars repeated); outside the measured range time grows as 1 / share."""
         rows = points(batch, sm_percent, quota_percent)
-        lattice = self._belief.lattice
-        found = np.exp(lattice.read(self._levels, rows) + lattice.beyond(rows))
+        found = np.exp(self._lattice.read(self._levels, rows) + self._lattice.beyond(rows))
         return Prediction(found[0], found[1], found[2])
 
     def expected_error(self) -> float:
@@ -97,15 +94,7 @@ class ModelEstimate:
 
     def next_probe(self, batch: npt.ArrayLike, sm_percent: npt.ArrayLike, quota_percent: npt.ArrayLike) -> int:
         """Index of the candidate whose measurement is expected to lower the total variance over the lattice most; measured ones come last."""
-        rows = points(batch, sm_percent, quota_percent)
-        belief = self._belief
-        _, part, slope = evaluate(belief.mean, design(belief.lattice, rows))
-        _, _, everywhere = evaluate(belief.mean, design(belief.lattice, belief.lattice.rows()))
-        spread = belief.covariance @ slope.T
-        noise = part * belief.device_noise**2 + (1 - part) * belief.host_noise**2
-        gain = np.sum((everywhere @ spread) ** 2, axis=0) / (np.einsum("nu,un->n", slope, spread) + noise)
-        known = (rows[:, None, :] == self._probed[None, :, :]).all(axis=2).any(axis=1)
-        return int(np.argmax(np.where(known, gain - gain.max() - 1.0, gain)))
+        return best_probe(self._lattice, self._posterior, points(batch, sm_percent, quota_percent), self._probed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,15 +111,15 @@ class Estimator:
             raise InvalidValue("there is nothing to learn from: no measured models")
         beliefs = {}
         for device in sorted({model.device for model in samples}):
-            rows = [model.rows() for model in samples if model.device == device]
-            beliefs[device] = untrained(Lattice.over(rows))
+            measured = [(model.rows(), model.log_latency()) for model in samples if model.device == device]
+            beliefs[device] = learn(Lattice.over([rows for rows, _ in measured]), measured)
         return cls(beliefs, {"models": {device: sum(model.device == device for model in samples) for device in beliefs}})
 
     def condition(self, probes: ModelSamples) -> ModelEstimate:
         """What the probes (maybe none) say about a model, known or not."""
         rows, log_latency = probes.rows(), probes.log_latency()
         belief = self.beliefs.get(probes.device) or untrained(Lattice.over([]))
-        return ModelEstimate(probes.name, condition(belief, rows, log_latency), rows)
+        return ModelEstimate(probes.name, belief.lattice, condition(belief, rows, log_latency), rows, belief.caution)
 
     def save(self, path: Path) -> None:
         """Writes arrays and a JSON header (npz), whole or not at all."""
@@ -165,13 +154,15 @@ def _parts(belief: Belief) -> Iterable[tuple[str, Array]]:
     yield from zip(("batch", "sm_percent", "quota_percent"), belief.lattice.axes, strict=True)
     yield "mean", belief.mean
     yield "covariance", belief.covariance
-    yield "noise", np.array([belief.device_noise, belief.host_noise])
+    yield from zip(("session_batch", "session_sm", "session_quota"), (belief.session.batch, belief.session.sm, belief.session.quota), strict=True)
+    yield "spreads", np.array([belief.device_noise, belief.host_noise, belief.session.sd, belief.caution])
 
 
 def _belief(file: Any, index: int) -> Belief:
-    found = {
-        name: np.asarray(file[f"{index}.{name}"], dtype=np.float64)
-        for name in ("batch", "sm_percent", "quota_percent", "mean", "covariance", "noise")
-    }
-    lattice = Lattice(found["batch"], found["sm_percent"], found["quota_percent"])
-    return Belief(lattice, found["mean"], found["covariance"], float(found["noise"][0]), float(found["noise"][1]))
+    def array(name: str) -> Array:
+        return np.asarray(file[f"{index}.{name}"], dtype=np.float64)
+
+    lattice = Lattice(array("batch"), array("sm_percent"), array("quota_percent"))
+    device_noise, host_noise, session_sd, caution = array("spreads").tolist()
+    session = Session(session_sd, array("session_batch"), array("session_sm"), array("session_quota"))
+    return Belief(lattice, array("mean"), array("covariance"), session, device_noise, host_noise, caution)

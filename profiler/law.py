@@ -1,11 +1,11 @@
 """The law of a model's latency under a share, and what measurements say about its unknowns.
 
-    log latency = smooth maximum of (device(batch, SM) + stretch(quota)) and host(quota)
+    log latency = smooth maximum of device(batch, SM) + stretch(quota) and host(batch, quota) + session(batch, SM, quota)
 
 Either the device is the bottleneck, and its time depends on batch and SM (and on the quota as far as the token policy counts device time), or
-the host that launches kernels is, and its time depends on the quota alone (as far as launches are gated). The unknowns are the values of the
-three curves on a lattice; they have a Gaussian prior, and conditioning is a few Gauss-Newton steps (Laplace's approximation) with Student-t
-weights against outliers. No I/O.
+the host that launches kernels is, and its time depends on the quota (as far as launches are gated) and on the process that was measured:
+`session` is what differs from one such process to the next. The unknowns are the values of these curves on a lattice. They have a Gaussian
+prior; conditioning is Gauss-Newton (Laplace's approximation) with Student-t weights against outliers. No I/O.
 """
 
 from __future__ import annotations
@@ -16,86 +16,193 @@ import numpy as np
 
 from profiler.lattice import Array, Lattice, log_distance
 
-_SHARPNESS = 0.05
+_SHARPNESS = (0.4, 0.2, 0.1, 0.05)
+"""Of the maximum, step by step, in logarithms: begun blunt, so that a wrong guess of the bottleneck can still be left."""
 _DEGREES = 4.0
-_STEPS = 14
+_STEPS = 25
 _LONGEST_STEP = 1.5
 _JITTER = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
-class Belief:
-    """A Gaussian over the unknowns of the law on a lattice, and the spread of one measurement, in logarithms.
+class Session:
+    """Covariance of the session term: a standard deviation and correlations along batch, SM and quota, whose product it is."""
 
-    `mean` (u,) and `covariance` (u, u): device values (batch x SM, SM fastest), then stretch and host (quota levels each).
+    sd: float
+    batch: Array
+    sm: Array
+    quota: Array
+
+    def covariance(self, left: Points, right: Points) -> Array:
+        """Between two sets of points (n, m)."""
+        found = left.batch @ self.batch @ right.batch.T
+        found *= left.sm @ self.sm @ right.sm.T
+        found *= left.quota @ self.quota @ right.quota.T
+        return np.asarray(self.sd**2 * found, dtype=np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Belief:
+    """A Gaussian over the law's unknowns on a lattice, and the spread of one measurement (standard deviations of logarithms).
+
+    `mean` (u,) and `covariance` (u, u): device values (batch x SM, SM fastest), stretch (quota), host (batch x quota, quota fastest).
+    `caution` multiplies the unknowns' standard deviation in intervals, so that these hold what they promise.
     """
 
     lattice: Lattice
     mean: Array
     covariance: Array
+    session: Session
     device_noise: float
     host_noise: float
+    caution: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Points:
+    """Configurations as interpolation weights on the lattice's levels, (n, levels) each, and what lies beyond the lattice (n,)."""
+
+    batch: Array
+    sm: Array
+    quota: Array
+    beyond: Array
+
+    @classmethod
+    def at(cls, lattice: Lattice, rows: Array) -> Points:
+        """The rows (n, 3) of `lattice.points`."""
+        batch, sm, quota = (lattice.weights(rows, axis) for axis in range(3))
+        return cls(batch, sm, quota, lattice.beyond(rows))
+
+    def device(self) -> Array:
+        """Map (n, u) from the unknowns to the logarithm of the device's time."""
+        time = (self.batch[:, :, None] * self.sm[:, None, :]).reshape(len(self.beyond), -1)
+        return np.hstack([time, self.quota, np.zeros((len(time), self.batch.shape[1] * self.quota.shape[1]))])
+
+    def host(self) -> Array:
+        """Map (n, u) from the unknowns to the logarithm of the host's time, without the session's part."""
+        time = (self.batch[:, :, None] * self.quota[:, None, :]).reshape(len(self.beyond), -1)
+        before = self.batch.shape[1] * self.sm.shape[1] + self.quota.shape[1]
+        return np.hstack([np.zeros((len(time), before)), time])
+
+    def lattice(self) -> Array:
+        """Map (n, points of the lattice) from values on the lattice to values here."""
+        return np.asarray(np.einsum("nb,ns,nq->nbsq", self.batch, self.sm, self.quota).reshape(len(self.beyond), -1), dtype=np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """The law at some points: log latency, the part that the device decides, and the derivative by the unknowns (n, u)."""
+
+    value: Array
+    part: Array
+    slope: Array
+
+    @classmethod
+    def of(cls, device: Array, host: Array, maps: tuple[Array, Array], sharpness: float = _SHARPNESS[-1]) -> Blend:
+        """From the logarithms of device and host time (n,) and the two maps."""
+        value = sharpness * np.logaddexp(device / sharpness, host / sharpness)
+        part = np.exp((device - value) / sharpness)
+        return cls(value, part, part[:, None] * maps[0] + (1 - part)[:, None] * maps[1])
+
+    def noise(self, belief: Belief) -> Array:
+        """Variances (n,) of single measurements."""
+        return np.asarray(self.part * belief.device_noise**2 + (1 - self.part) * belief.host_noise**2, dtype=np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Posterior:
+    """What measurements say at all points of the lattice: log latency (n,), its covariance (n, n), a measurement's variance (n,)."""
+
+    value: Array
+    covariance: Array
+    noise: Array
 
 
 def untrained(lattice: Lattice) -> Belief:
-    """What physics alone says: device time = work x batch / SM above a floor, host time = 1 / quota, their levels nearly unknown."""
+    """What physics alone says: device time = work x batch / SM above a floor, host time = 1 / quota, their common level nearly unknown."""
     batch, sm, quota = lattice.axes
-    nb, ns, nq = lattice.shape
-    nd = nb * ns
+    nb, ns, _ = lattice.shape
     log_batch, log_sm, log_quota = np.log(batch), np.log(sm / 100), np.log(quota / 100)
-    mean = np.concatenate([np.maximum(0.7 * (log_batch[:, None] - log_sm[None, :]), 0.0).ravel(), -0.5 * log_quota, -1.0 - log_quota])
+    device, stretch, host = parts(lattice)
+    mean = np.concatenate([np.maximum(0.7 * (log_batch[:, None] - log_sm), 0.0).ravel(), -0.5 * log_quota, np.tile(-1.0 - log_quota, nb)])
     covariance = np.zeros((len(mean), len(mean)))
-    smooth = np.kron(_rbf(batch, 1.0), _rbf(sm, 0.7))
-    by_batch = np.kron(np.outer(log_batch, log_batch), np.ones((ns, ns)))
-    by_sm = np.kron(np.ones((nb, nb)), np.outer(log_sm, log_sm))
-    covariance[:nd, :nd] = 9.0 + 0.1 * by_batch + 0.1 * by_sm + 0.1 * smooth
-    stretch, host = slice(nd, nd + nq), slice(nd + nq, nd + 2 * nq)
+    covariance[device, device] = 0.1 * (
+        np.kron(np.outer(log_batch, log_batch), np.ones((ns, ns)))
+        + np.kron(np.ones((nb, nb)), np.outer(log_sm, log_sm))
+        + np.kron(_rbf(batch, 1.0), _rbf(sm, 0.7))
+        + 0.02 * np.kron(_rbf(batch, 0.5), _rbf(sm, 0.2))
+    )
     covariance[stretch, stretch] = np.outer(log_quota, log_quota) * (0.25 + 0.02 * _rbf(quota, 0.5))
-    covariance[host, host] = 1.0 + 0.3 * np.outer(log_quota, log_quota) + 0.05 * _rbf(quota, 0.5)
-    # The host's level is believed to follow the device's: both levels move together until a measurement tells them apart.
-    covariance[:nd, host] += 9.0
-    covariance[host, :nd] += 9.0
-    covariance[host, host] += 9.0
-    return Belief(lattice, mean, covariance + _JITTER * np.eye(len(mean)), 0.03, 0.05)
+    common = 1.0 + 0.3 * np.outer(log_quota, log_quota) + 0.05 * _rbf(quota, 0.5)
+    covariance[host, host] = np.kron(np.ones((nb, nb)), common) + np.kron(np.eye(nb), 0.02 + 0.01 * _rbf(quota, 0.5))
+    level = np.ones(len(mean))
+    level[stretch] = 0.0
+    covariance += 9.0 * np.outer(level, level) + _JITTER * np.eye(len(mean))
+    session = Session(0.05, 0.5 + 0.5 * _rbf(batch, 0.5), _rbf(sm, 0.5), _rbf(quota, 0.5))
+    return Belief(lattice, mean, covariance, session, device_noise=0.03, host_noise=0.04)
 
 
-def design(lattice: Lattice, rows: Array) -> tuple[Array, Array]:
-    """Linear maps (n, u) from the unknowns to the logarithms of device time and of host time at the rows."""
-    batch, sm, quota = (lattice.weights(rows, axis) for axis in range(3))
-    device = (batch[:, :, None] * sm[:, None, :]).reshape(len(rows), -1)
-    none = np.zeros_like(quota)
-    return np.hstack([device, quota, none]), np.hstack([np.zeros_like(device), none, quota])
+def parts(lattice: Lattice) -> tuple[slice, slice, slice]:
+    """Where device, stretch and host stand among the unknowns."""
+    nb, ns, nq = lattice.shape
+    device = nb * ns
+    return slice(0, device), slice(device, device + nq), slice(device + nq, device + nq + nb * nq)
 
 
-def evaluate(unknowns: Array, maps: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-    """(log latency, the part of it that the device decides, the derivative by the unknowns (n, u)) at the rows of `design`."""
-    device, host = maps[0] @ unknowns, maps[1] @ unknowns
-    value = _SHARPNESS * np.logaddexp(device / _SHARPNESS, host / _SHARPNESS)
-    part = np.exp((device - value) / _SHARPNESS)
-    return value, part, part[:, None] * maps[0] + (1 - part)[:, None] * maps[1]
-
-
-def condition(prior: Belief, rows: Array, log_latency: Array) -> Belief:
-    """The belief after measurements at the rows (n, 3); with none, the prior."""
+def condition(prior: Belief, rows: Array, log_latency: Array) -> Posterior:
+    """What the measurements at the rows (n, 3), maybe none, say on the whole lattice."""
+    everywhere = Points.at(prior.lattice, prior.lattice.rows())
+    maps = everywhere.device(), everywhere.host()
     if not len(rows):
-        return prior
-    maps = design(prior.lattice, rows)
-    unknowns, covariance = prior.mean, prior.covariance
-    target = log_latency - prior.lattice.beyond(rows)
+        blend = Blend.of(maps[0] @ prior.mean, maps[1] @ prior.mean, maps)
+        return Posterior(blend.value, _prior_covariance(prior, everywhere, blend), blend.noise(prior))
+    points = Points.at(prior.lattice, rows)
+    target = log_latency - points.beyond
+    weights, blend, total = _solve(prior, points, target)
+    # In terms of the measurements: unknowns = mean + K slope' weights, session = S (1 - part) weights.
+    unknowns = prior.mean + prior.covariance @ (blend.slope.T @ weights)
+    session = prior.session.covariance(everywhere, points) * (1 - blend.part)
+    found = Blend.of(maps[0] @ unknowns, maps[1] @ unknowns + session @ weights, maps)
+    shared = found.slope @ (prior.covariance @ blend.slope.T) + (1 - found.part)[:, None] * session
+    covariance = _prior_covariance(prior, everywhere, found) - shared @ np.linalg.solve(total, shared.T)
+    return Posterior(found.value, covariance, found.noise(prior))
+
+
+def _solve(prior: Belief, points: Points, target: Array) -> tuple[Array, Blend, Array]:
+    """Gauss-Newton in the space of the measurements: weights (n,), the law there, and the measurements' covariance (n, n)."""
+    maps = points.device(), points.host()
+    device, host = maps[0] @ prior.mean, maps[1] @ prior.mean
+    start, session = (device, host), prior.session.covariance(points, points)
+    through = [prior.covariance @ each.T for each in maps]
+    pace, last = 1.0, np.inf
     for step in range(_STEPS):
-        value, part, slope = evaluate(unknowns, maps)
-        noise = part * prior.device_noise**2 + (1 - part) * prior.host_noise**2
-        if step > 2:
-            noise *= (_DEGREES + (target - value) ** 2 / noise) / (_DEGREES + 1)
-        spread = prior.covariance @ slope.T
-        gain = np.linalg.solve(slope @ spread + np.diag(noise), spread.T).T
-        change = prior.mean + gain @ (target - value + slope @ (unknowns - prior.mean)) - unknowns
-        longest = float(np.abs(change).max())
-        unknowns = unknowns + change * min(1.0, _LONGEST_STEP / max(longest, 1e-12))
-        covariance = prior.covariance - gain @ spread.T
-        if longest < 1e-4 and step > 4:
-            break
-    return Belief(prior.lattice, unknowns, (covariance + covariance.T) / 2, prior.device_noise, prior.host_noise)
+        blend = Blend.of(device, host, maps, _SHARPNESS[min(step, len(_SHARPNESS) - 1)])
+        part, rest = blend.part, 1 - blend.part
+        noise = blend.noise(prior)
+        if step >= len(_SHARPNESS):
+            noise = noise * (_DEGREES + (target - blend.value) ** 2 / noise) / (_DEGREES + 1)
+        spread = through[0] * part + through[1] * rest
+        total = blend.slope @ spread + rest[:, None] * session * rest + np.diag(noise)
+        moved = part * (device - start[0]) + rest * (host - start[1])
+        weights = np.asarray(np.linalg.solve(total, target - blend.value + moved), dtype=np.float64)
+        to_device = start[0] + maps[0] @ (spread @ weights) - device
+        to_host = start[1] + maps[1] @ (spread @ weights) + session @ (rest * weights) - host
+        longest = max(float(np.abs(to_device).max()), float(np.abs(to_host).max()))
+        if step > len(_SHARPNESS):
+            if longest < 2e-3:
+                break
+            # At the kink of the maximum a point may change sides for ever: shorter steps settle it.
+            pace = max(pace * 0.6, 0.1) if longest > 0.7 * last else pace
+        last = longest
+        length = min(pace, _LONGEST_STEP / max(longest, 1e-12))
+        device, host = device + length * to_device, host + length * to_host
+    return weights, blend, total
+
+
+def _prior_covariance(prior: Belief, everywhere: Points, blend: Blend) -> Array:
+    rest = 1 - blend.part
+    found = prior.session.covariance(everywhere, everywhere) * np.outer(rest, rest)
+    return np.asarray(found + blend.slope @ prior.covariance @ blend.slope.T, dtype=np.float64)
 
 
 def _rbf(levels: Array, length: float) -> Array:
