@@ -74,6 +74,11 @@ class Batch:
             found[ref.name] = np.frombuffer(raw, dtype=NUMPY[ref.dtype]).reshape(ref.shape)
         return found
 
+    def gives(self, expected: dict[str, np.ndarray], part: int = 0) -> bool:
+        """Whether a part's outputs are these, bit for bit."""
+        found = self.outputs(part)
+        return found.keys() == expected.keys() and all(found[name].tobytes() == expected[name].tobytes() for name in expected)
+
 
 @dataclass
 class LaneEnd:
