@@ -94,7 +94,7 @@ async def _run(settings: Settings) -> int:
     await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
     front.draining = True
     intake.close_connections(server.server_state.connections)
-    await asyncio.sleep(settings.linger_ms / 1000)
+    await _linger(stop, settings.linger_ms / 1000)
     log.info("stopping: no new connections, finishing what is in flight")
     await _close_door(listener)
     server.should_exit = True
@@ -103,7 +103,14 @@ async def _run(settings: Settings) -> int:
     await serving
     watching.cancel()
     dispatcher.client.close()
-    return 0 if stop.is_set() else 1
+    return 0 if stopping.done() else 1
+
+
+async def _linger(stop: asyncio.Event, delay_s: float) -> None:
+    """Serves on until whoever sends requests here has heard that we are not ready; a second signal ends the wait."""
+    stop.clear()
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(stop.wait(), delay_s)
 
 
 def _observers(settings: Settings) -> list[Callable[[Finished], None]]:

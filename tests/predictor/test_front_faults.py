@@ -135,7 +135,7 @@ async def test_a_function_that_goes_leaves_no_request_without_an_answer(start: C
 
 @pytest.mark.asyncio
 async def test_sigterm_turns_readiness_off_finishes_what_runs_and_ends(start: Callable[..., tuple[FakeAgent, Front]]) -> None:
-    agent, front = start(info("double"), arguments=("--linger-ms", "1000"))
+    agent, front = start(info("double"), arguments=("--linger-ms", "120000"))
     front.ready("double")
     agent.hold()
     async with httpx.AsyncClient(base_url=front.url, timeout=30) as client:
@@ -144,6 +144,8 @@ async def test_sigterm_turns_readiness_off_finishes_what_runs_and_ends(start: Ca
         front.process.send_signal(signal.SIGTERM)
         await asyncio.to_thread(front.until, lambda: front.http.get("/v2/models/double/ready").status_code == 503)
         asked.append(asyncio.create_task(_ask(client, 110)))
+        await asyncio.to_thread(front.until, lambda: front.metric("sluice_in_flight_requests", function="default/double") == 11)
+        front.process.send_signal(signal.SIGTERM)
         await asyncio.to_thread(front.until, lambda: "stopping" in front.log)
         agent.release()
         for number, response in await asyncio.gather(*asked):
