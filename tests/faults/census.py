@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,27 @@ WEIGHTS, SEGMENT = ".weights", "memfd:sluice-segment"
 def family(mark: str) -> list[psutil.Process]:
     """All live processes that carry the mark."""
     return [process for process in psutil.process_iter() if _carries(process, mark)]
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether it still runs. A question to a process may always come too late."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def command(process: psutil.Process) -> list[str]:
+    """Its command line; empty once it has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.cmdline()
+    return []
+
+
+def kill(processes: Iterable[psutil.Process]) -> None:
+    """SIGKILL for each that still runs: the end of one may be the end of another."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _carries(process: psutil.Process, mark: str) -> bool:
@@ -100,8 +121,13 @@ class Census:
         return "\n".join(lines)
 
 
+def end_loader(mark: str) -> None:
+    """Ends an idle loader, which would end itself in ten seconds: the agent starts another when it needs one."""
+    kill(of_role(mark, "loader"))
+
+
 def take(mark: str, store: Path) -> Census:
-    """Counts now. A loader comes and goes by itself when it is idle: take a census after it has gone."""
+    """Counts now. A loader comes and goes by itself: take a census after it has gone."""
     processes: Counter[str] = Counter()
     open_: dict[str, Counter[str]] = {}
     lane_most: Counter[str] = Counter()

@@ -106,13 +106,15 @@ class Agent:
         return census.take(self.mark, self.store)
 
     def settle(self, functions: int) -> None:
-        """Takes the census that later ones are compared with, once the loader has gone (it ends itself when idle). `functions` are declared."""
+        """Takes the census that later ones are compared with, without the loader. `functions` are declared."""
         self.functions = functions
+        census.end_loader(self.mark)
         until(lambda: not self.processes("loader"), "the end of the idle loader")
         self.before = self.count()
 
     def leaks_nothing(self) -> None:
         """Waits until the node holds what it held when it had settled, and no more."""
+        census.end_loader(self.mark)
 
         def leaked() -> str:
             return self.count().leaked_since(self.before, self.functions)

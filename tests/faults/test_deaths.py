@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from contracts.errors import SluiceError, Unavailable
 from contracts.functions import FunctionClass
 from contracts.wire import Answer, Failed
+from tests.faults import census
 from tests.faults.real import Agent, Predictor, connected, function, rows_of, source, until
 from tests.nodeagent.node import Control
 
@@ -69,8 +68,7 @@ def test_kill_9_of_lanes_under_load(served: tuple[Agent, Control, Predictor]) ->
     for round_ in range(3):
         batches = load(predictor, 60)
         predictor.outcome(batches[5 + round_][1])
-        for lane in agent.processes("lane"):
-            lane.kill()
+        census.kill(agent.processes("lane"))
         assert check(predictor, batches) >= 60 - 4, "a lane holds one batch, and a lost one is tried again"
         serve_again(predictor)
     agent.leaks_nothing()
@@ -81,9 +79,7 @@ def test_a_lane_killed_again_and_again_never_answers_twice(served: tuple[Agent, 
     batches = load(predictor, 200)
     for number in range(10, 200, 40):
         predictor.outcome(batches[number][1])
-        for lane in agent.processes("lane"):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                lane.kill()
+        census.kill(agent.processes("lane"))
     check(predictor, batches)
     serve_again(predictor)
     agent.leaks_nothing()
@@ -95,8 +91,7 @@ def test_a_stopped_lane_is_replaced_when_it_is_killed(served: tuple[Agent, Contr
     lanes = agent.processes("lane")
     for lane in lanes:
         lane.suspend()
-    for lane in lanes:
-        lane.kill()
+    census.kill(lanes)
     check(predictor, batches)
     serve_again(predictor)
     agent.leaks_nothing()
@@ -118,8 +113,7 @@ def test_kill_9_of_the_fork_server_and_of_all_lanes_under_load(served: tuple[Age
     agent, _, predictor = served
     batches = load(predictor, 100)
     predictor.outcome(batches[5][1])
-    for process in [*agent.processes("fork server"), *agent.processes("lane")]:
-        process.kill()
+    census.kill([*agent.processes("fork server"), *agent.processes("lane")])
     check(predictor, batches)
     serve_again(predictor)
     agent.leaks_nothing()

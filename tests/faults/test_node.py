@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.faults import census
@@ -46,15 +47,19 @@ def test_kill_9_under_load_loses_no_request(role: str, node: Whole) -> None:
     load = Load(node.url, MODELS)
     for _ in range(2):
         load.serves_all()
-        for process in census.of_role(node.mark, role):
-            process.kill()
-            until(lambda process=process: not process.is_running(), "its end")
+        _kill(census.of_role(node.mark, role))
         load.serves_all()
     outcomes = load.stop()
     assert set(outcomes) <= {"200"} | REFUSALS, _counts(outcomes)
     until(lambda: census.of_role(node.mark, "lane"), "a lane")
     _warm(node)
     node.leaks_nothing()
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    """All of them, and waits until they have gone."""
+    census.kill(processes)
+    until(lambda: not any(map(census.alive, processes)), "their end")
 
 
 def _warm(node: Whole) -> None:
@@ -66,9 +71,7 @@ def _warm(node: Whole) -> None:
 def test_kill_9_of_the_predictor_ends_its_connections_and_no_more(node: Whole) -> None:
     load = Load(node.url, MODELS)
     load.serves_all()
-    predictor = node.one("predictor")
-    predictor.kill()
-    until(lambda: not predictor.is_running(), "its end")
+    _kill([node.one("predictor")])
     load.serves_all()
     outcomes = load.stop()
     assert outcomes["lost"] >= 1
@@ -80,9 +83,7 @@ def test_kill_9_of_the_predictor_ends_its_connections_and_no_more(node: Whole) -
 def test_kill_9_of_everything_but_the_supervisor(node: Whole) -> None:
     load = Load(node.url, MODELS)
     load.serves_all()
-    for process in census.family(node.mark):
-        if census.role(process) != "supervisor":
-            process.kill()
+    census.kill([process for process in census.family(node.mark) if census.role(process) != "supervisor"])
     load.serves_all()
     outcomes = load.stop()
     assert set(outcomes) <= {"200", "404", "lost"} | REFUSALS, _counts(outcomes)
@@ -159,9 +160,7 @@ def test_kill_9_of_isolated_predictors_under_load_is_answered_by_the_router() ->
             load = Load(node.url, models, clients=2)
             for role in ("predictor", "agent", "lane"):
                 load.serves_all()
-                for process in census.of_role(node.mark, role):
-                    process.kill()
-                    until(lambda process=process: not process.is_running(), "its end")
+                _kill(census.of_role(node.mark, role))
                 load.serves_all()
             outcomes = load.stop()
             assert set(outcomes) <= {"200", "502"} | REFUSALS, _counts(outcomes)

@@ -18,6 +18,7 @@ from models.load import load
 from models.store import ref_name, verify
 from models.store_writer import remember, write
 from nodeagent.shell.hoststore import store_folder
+from tests.faults import census
 from tests.faults.real import Agent, Predictor, connected, function, source, until
 from tests.nodeagent.node import Control
 
@@ -158,7 +159,6 @@ def test_weights_damaged_while_they_are_served_are_read_again_after_a_lane_died(
     assert predictor.serves("default/served", model)
     (weights,) = [path for path in agent.store.glob("*.weights") if path.stat().st_size > 400_000]
     os.truncate(weights, 0)
-    for lane in agent.processes("lane"):
-        lane.kill()
+    census.kill(agent.processes("lane"))
     until(lambda: predictor.serves("default/served", model), lambda: f"an answer\n{agent.log.read_text()}")
     assert psutil.pid_exists(agent.process.pid)

@@ -67,12 +67,14 @@ class Whole:
         return until(lambda: census.of_role(self.mark, role), f"a process: {role}")[0]
 
     def settle(self) -> None:
-        """Takes the census that later ones are compared with, once the loader has gone."""
+        """Takes the census that later ones are compared with, without the loader."""
+        census.end_loader(self.mark)
         until(lambda: not census.of_role(self.mark, "loader"), "the end of the idle loader")
         self.before = census.take(self.mark, self.store)
 
     def leaks_nothing(self) -> None:
         """Waits until the node holds what it held when it had settled, and no more."""
+        census.end_loader(self.mark)
 
         def leaked() -> str:
             return census.take(self.mark, self.store).leaked_since(self.before, len(self.models))
@@ -91,8 +93,7 @@ class Whole:
 
     def kill(self) -> None:
         """Ends whatever is left of it, at once."""
-        for process in census.family(self.mark):
-            process.kill()
+        census.kill(census.family(self.mark))
         self.process.wait()
         shutil.rmtree(self.store, ignore_errors=True)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from contracts.channel import connect
 from contracts.wire import PROTOCOL_VERSION, Hello, encode
+from tests.faults import census
 from tests.faults.real import Agent, Predictor, connected, function, source, until
 
 LIMIT = ("sh", "-c", 'ulimit -n 300 && exec "$@"', "sh")
@@ -25,8 +26,7 @@ def test_connections_cannot_take_the_descriptors_that_lanes_and_loader_need() ->
                 assert predictor.serves("default/mine", source(1))
                 for _ in range(400):
                     _say_hello(stack.enter_context(connect(str(agent.run_dir / "agent.sock"))))
-                for process in [*agent.processes("lane"), *agent.processes("fork server")]:
-                    process.kill()
+                census.kill([*agent.processes("lane"), *agent.processes("fork server")])
                 until(lambda: predictor.serves("default/mine", source(1)), "an answer from a new lane")
                 control.declare(function("more", source(2)))
                 assert predictor.serves("default/more", source(2))

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
-import psutil
 import pytest
 import torch
 
@@ -20,6 +19,7 @@ from contracts.units import S
 from contracts.wire import Answer, Failed, Part, Submit, TensorRef, Welcome
 from models.load import Loaded, load
 from models.samples import sample_inputs
+from tests.faults.census import alive, command
 from tests.nodeagent.node import Control, Node, Predictor, eventually, short_folder
 
 FUNCTIONS = 12
@@ -195,11 +195,11 @@ def test_kill_9_of_the_agent_leaves_no_process_and_the_next_serves_without_loadi
     children = node.children()
     files = {path.name: path.stat().st_ino for path in node.store.iterdir()}
     node.kill()
-    eventually(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children), "the end of its processes")
+    eventually(lambda: not any(map(alive, children)), "the end of its processes")
     again, _ = _start(node.run_dir)
     try:
         assert {path.name: path.stat().st_ino for path in again.store.iterdir()} == files
-        assert not any("models.loader" in " ".join(child.cmdline()) for child in again.children())
+        assert not any("models.loader" in command(child) for child in again.children())
         caller = Caller(again)
         _check(references[5], parts, caller.answer(caller.submit(5, parts)))
     finally:

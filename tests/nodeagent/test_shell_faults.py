@@ -18,7 +18,7 @@ from contracts.errors import DeadlineExceeded, Unavailable
 from contracts.functions import Share
 from contracts.units import S
 from contracts.wire import Answer, Failed
-from tests.faults.census import descriptors
+from tests.faults.census import alive, command, descriptors
 from tests.nodeagent.fake_worker import LYING_SM
 from tests.nodeagent.node import REPOSITORY, Control, Node, Predictor, eventually, function
 
@@ -101,7 +101,7 @@ def test_lanes_outlive_the_fork_server_and_the_next_one_forks_more(node: Node, c
     control.declare(function("a", "add?value=1"))
     predictor.call("default/a", ROWS)
     lane = _lanes(control)[0]
-    server = next(child for child in psutil.Process(node.process.pid).children() if "fake_worker" in " ".join(child.cmdline()))
+    server = next(child for child in psutil.Process(node.process.pid).children() if "tests.nodeagent.fake_worker" in command(child))
     server.kill()
     server.wait()
     np.testing.assert_array_equal(predictor.call("default/a", ROWS)[0], ROWS + 1)
@@ -152,7 +152,7 @@ def test_sigterm_answers_what_runs_refuses_what_is_new_and_leaves_the_store(fold
     assert isinstance(predictor.outcome(batch), Answer)
     assert predictor.closed()
     assert node.process.wait(60) == 0
-    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+    assert not any(map(alive, children))
     assert [path.name for path in node.run_dir.iterdir()] == ["agent.lock"]
     assert len(list(node.store.glob("*.weights"))) == 2
 
@@ -186,7 +186,7 @@ def test_kill_9_of_the_agent_leaves_only_the_store_and_the_next_adopts_it(start:
     files = {path.name: path.stat().st_ino for path in first.store.iterdir()}
     first.kill()
     assert predictor.closed()
-    eventually(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children), "the end of its processes")
+    eventually(lambda: not any(map(alive, children)), "the end of its processes")
 
     second = start().ready()
     control = Control(second.run_dir)
@@ -195,7 +195,7 @@ def test_kill_9_of_the_agent_leaves_only_the_store_and_the_next_adopts_it(start:
     predictor = Predictor(second.run_dir)
     np.testing.assert_array_equal(predictor.call("default/b", ROWS)[0], ROWS + 2)
     assert {path.name: path.stat().st_ino for path in second.store.iterdir()} == files
-    assert not any("fake_loader" in " ".join(child.cmdline()) for child in second.children())
+    assert not any("tests.nodeagent.fake_loader" in command(child) for child in second.children())
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
