@@ -45,14 +45,15 @@ def heatmaps(profile: Profile, found: Need | None = None) -> Figure:
     norm = LogNorm(least, max(most, least * 1.01))
     figure = Figure(figsize=(0.9 + 3.6 * len(batches), 4.1), layout="constrained", dpi=_DPI)
     panels: Sequence[Axes] = figure.subplots(1, len(batches), sharey=True, squeeze=False)[0]
+    levels = [float(value) for value in LogLocator(subs=(1, 2, 5)).tick_values(least, most) if least <= value <= most]
     image = None
     for at, (panel, batch) in enumerate(zip(panels, batches, strict=True)):
         image = panel.pcolormesh(
             grid.quota_percents, grid.sm_percents, grid.mean_ms[at], norm=norm, cmap="viridis_r", shading="gouraud", rasterized=True
         )
-        levels = LogLocator(subs=(1, 2, 5)).tick_values(least, most)
-        lines = panel.contour(grid.quota_percents, grid.sm_percents, grid.mean_ms[at], levels=levels, colors="white", linewidths=0.8)
-        panel.clabel(lines, fmt=lambda value: f"{value:g} ms", fontsize=7)
+        if levels:
+            lines = panel.contour(grid.quota_percents, grid.sm_percents, grid.mean_ms[at], levels=levels, colors="white", linewidths=0.8)
+            panel.clabel(lines, fmt=lambda value: f"{value:g} ms", fontsize=7)
         measured = [point for point in profile.points if point.batch == batch]
         panel.scatter(
             [point.quota_percent for point in measured],
@@ -69,8 +70,8 @@ def heatmaps(profile: Profile, found: Need | None = None) -> Figure:
             panel.scatter([found.option.quota_percent], [found.option.sm_percent], **_STAR)
     panels[0].set_ylabel("SM, % of the device")
     if image is not None:
-        bar = figure.colorbar(image, ax=panels, label="latency, ms", format=FuncFormatter(lambda value, _: f"{value:g}"), pad=0.015)
-        bar.ax.yaxis.set_minor_formatter(NullFormatter())
+        bar = figure.colorbar(image, ax=panels, label="latency, ms", ticks=levels, format=_plain(), pad=0.015)
+        bar.ax.minorticks_off()
     figure.suptitle(f"{profile.function} on {profile.facts.name}", fontsize=11)
     caption = "dots: measured" if found is None or found.verdict == "nothing" else f"dots: measured; star: {found.reason}"
     figure.supxlabel(caption, fontsize=8, color="#444444")
@@ -107,13 +108,18 @@ def _lines(panel: Axes, grid: Grid, over: str, measured: Sequence[tuple[float, f
         panel.scatter([x for x, _ in dots], [latency for _, latency in dots], s=20, color=colour, edgecolors="white", linewidths=0.6, zorder=4)
     panel.set_yscale("log")
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.yaxis.set_major_formatter(_plain())
     panel.yaxis.set_minor_formatter(NullFormatter())
     panel.set_xlim(0, 100)
     panel.grid(which="major", color="#dddddd", linewidth=0.6)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False, fontsize=8)
+
+
+def _plain() -> FuncFormatter:
+    """20 and not 2 x 10^1."""
+    return FuncFormatter(lambda value, _: f"{value:g}")
 
 
 def _fine(profile: Profile, batches: Sequence[int], sms: Sequence[int] = (), quotas: Sequence[float] = ()) -> Grid:
