@@ -19,7 +19,7 @@ from benchmarks.result import Metric
 from contracts.functions import Function, ModelFormat, ModelRef, Share, Slo
 from contracts.units import MS
 from models.samples import sample_inputs
-from profiler.dataset import samples_of
+from profiler.dataset import population
 from profiler.estimator import Estimator, ModelEstimate
 from profiler.measure import Sampling
 from profiler.need import Need, Objective, need
@@ -61,7 +61,7 @@ def measure(quick: bool) -> dict[str, Metric]:
     functions = [Function(name, ModelRef(ModelFormat.CATALOG, source), max_batch=_MAX_BATCH) for name, source in _MODELS.items()]
     functions = functions[:1] if quick else functions
     with tempfile.TemporaryDirectory(prefix="sluice-") as folder:
-        points, estimates, predictions = _sweeps(functions, Path(folder), probes_s=8 if quick else 40)
+        points, estimates, predictions = _sweeps(functions, Path(folder), probes_s=12 if quick else 40)
     live = _live(functions[0], estimates[_LIVE], points, seconds=10 if quick else 60)
     return _metrics(predictions, points, live)
 
@@ -69,23 +69,22 @@ def measure(quick: bool) -> dict[str, Metric]:
 def _sweeps(
     functions: Sequence[Function], folder: Path, probes_s: float
 ) -> tuple[tuple[Point, ...], Mapping[str, ModelEstimate], Mapping[str, Prediction]]:
-    """Probes each model where it is least certain, then measures held-out shares; all points, and what the probes say of each model."""
+    """Probes each model where it is least certain, and at once measures its held-out shares; all points, and what the probes say of each model."""
     sampling = Sampling(spread=0.01, seconds=0.5, most_seconds=2.5)
-    batches = (1, 2, _MAX_BATCH)
-    probes = Plan(batches, (20, 30, 50, 70, 100), (20, 30, 50, 70, 100), 0.02, probes_s * len(functions), True, _SEED, sampling)
+    probes = Plan((1, 2, _MAX_BATCH), (20, 30, 50, 70, 100), (20, 30, 50, 70, 100), 0.02, probes_s, True, _SEED, sampling)
     held_out = Plan((1, _MAX_BATCH), (40, 85), (40, 85), None, None, True, _SEED, sampling)
-    probed, tested = folder / "probes.parquet", folder / "held-out.parquet"
-    with started(NodeOptions()) as session:
-        for path, plan in ((probed, probes), (tested, held_out)):
-            sweep(functions, path, planners(Estimator()), plan, session)
-    table, facts = read(probed), next(iter(read(probed).header.devices.values()))
+    points: list[Point] = []
     estimates, predictions = {}, {}
-    for function in functions:
-        known = [point for point in table.points if point.function == function.key]
-        unseen = [point for point in read(tested).points if point.function == function.key]
-        estimates[function.name] = estimate = Estimator().condition(samples_of(function.key, facts, known))
-        predictions[function.name] = _predict(estimate, unseen, len(known))
-    return table.points + read(tested).points, estimates, predictions
+    with started(NodeOptions()) as session:
+        for function in functions:
+            probed, unseen = (folder / f"{function.name}-{name}.parquet" for name in ("probes", "held-out"))
+            for path, plan in ((probed, probes), (unseen, held_out)):
+                sweep([function], path, planners(Estimator()), plan, session)
+            (samples,), tested = population(read(probed)), read(unseen).points
+            estimates[function.name] = estimate = Estimator().condition(samples)
+            predictions[function.name] = _predict(estimate, tested, len(samples.rows()))
+            points += [*read(probed).points, *tested]
+    return tuple(points), estimates, predictions
 
 
 def _predict(estimate: ModelEstimate, unseen: Sequence[Point], probes: int) -> Prediction:
