@@ -53,6 +53,7 @@ TOKENS = Signature(
     (TensorSpec("count", "INT64", ("batch",)), TensorSpec("ids", "INT64", ("batch", "seq"))),
     padded=("seq",),
 )
+SAME = Signature((TensorSpec("x", "UINT8", ("batch", 2)),), (TensorSpec("y", "UINT8", ("batch", 2)),))
 ALONE = Signature((TensorSpec("x", "FP32", ("n",)),), (TensorSpec("total", "FP32", ()),), batchable=False)
 
 
@@ -81,7 +82,12 @@ def alone(inputs: Arrays) -> Arrays:
     return {"total": inputs["x"].sum()}
 
 
-MODELS: Mapping[Signature, Callable[[Arrays], Arrays]] = {DOUBLE: double, PAIR: pair, ALONE: alone, TOKENS: tokens}
+def same(inputs: Arrays) -> Arrays:
+    """y = x."""
+    return {"y": inputs["x"]}
+
+
+MODELS: Mapping[Signature, Callable[[Arrays], Arrays]] = {DOUBLE: double, PAIR: pair, SAME: same, ALONE: alone, TOKENS: tokens}
 
 
 def info(

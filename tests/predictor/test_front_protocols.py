@@ -1,11 +1,13 @@
 """The protocols beside JSON over HTTP: gRPC through KServe's own client stubs, and the binary bodies that KServe's client sends."""
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import numpy as np
 import pytest
 from kserve import InferInput, InferRequest, InferResponse
@@ -13,14 +15,14 @@ from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb
 from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
 
 from contracts.errors import Refused
-from tests.predictor.fake_agent import PAIR, FakeAgent, info
+from tests.predictor.fake_agent import ALONE, PAIR, SAME, FakeAgent, info
 from tests.predictor.front_process import Front
 
 
 @pytest.fixture(scope="module")
 def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeAgent]:
     path: Path = tmp_path_factory.mktemp("run") / "agent.sock"
-    agent = FakeAgent(path, info("double"), info("pair", PAIR), info("loading", state="loading"))
+    agent = FakeAgent(path, info("double"), info("pair", PAIR), info("alone", ALONE), info("same", SAME), info("loading", state="loading"))
     agent.start()
     yield agent
     agent.kill()
@@ -127,3 +129,128 @@ def test_a_cloud_event_is_answered_with_one(front: Front) -> None:
     event["data"] = {"instances": [[1, 2, 3, 4]]}
     response = front.http.post("/v1/models/double:predict", content=json.dumps(event), headers={"Content-Type": "application/cloudevents+json"})
     assert response.json()["data"] == {"predictions": [[2, 4, 6, 8]]}, response.text
+
+
+def test_binary_and_json_mix_over_http(front: Front) -> None:
+    a, b = np.array([[1, 2]], np.float32), [3, 4]
+    inputs = [
+        {"name": "a", "shape": [1, 2], "datatype": "FP32", "parameters": {"binary_data_size": 8}},
+        {"name": "b", "shape": [1, 2], "datatype": "INT64", "data": b},
+    ]
+    outputs = [{"name": "count"}, {"name": "sum", "parameters": {"binary_data": True}}]
+    head = json.dumps({"id": "7", "inputs": inputs, "outputs": outputs, "parameters": {"mine": "kept"}}).encode()
+    response = front.http.post("/v2/models/pair/infer", content=head + a.tobytes(), headers={"Inference-Header-Content-Length": str(len(head))})
+    assert response.headers["content-type"] == "application/octet-stream"
+    length = int(response.headers["inference-header-content-length"])
+    answer = json.loads(response.content[:length])
+    assert answer["outputs"][0] == {"name": "count", "shape": [1], "datatype": "INT64", "data": [2]}
+    assert np.frombuffer(response.content[length:], np.float32).tolist() == [4, 6]
+    assert (answer["id"], answer["parameters"]["mine"], answer["parameters"]["sluice_run_ms"]) == ("7", "kept", 3.0)
+
+
+@pytest.mark.parametrize("length", ["-1", "1.5", "ten", "9" * 30, ""], ids=["negative", "a fraction", "text", "huge", "empty"])
+def test_a_header_length_that_is_none(front: Front, length: str) -> None:
+    response = front.http.post("/v2/models/double/infer", content=b"{}", headers={"Inference-Header-Content-Length": length})
+    assert (response.status_code, "Inference-Header-Content-Length" in response.text) == (400, True)
+
+
+def test_a_body_in_many_small_pieces_is_put_together(front: Front) -> None:
+    body = json.dumps({"instances": [[1.5, 2, 3, 4]]}).encode()
+    with socket.create_connection((httpx.URL(front.url).host, httpx.URL(front.url).port or 0), timeout=60) as sock:
+        sock.sendall(b"POST /v1/models/double:predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n")
+        sock.sendall(b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n")
+        answer = b"".join(iter(lambda: sock.recv(1 << 16), b""))
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2]) == {"predictions": [[3, 4, 6, 8]]}
+
+
+def test_a_large_body_arrives_whole_and_leaves_whole(front: Front) -> None:
+    values = np.random.default_rng(1).standard_normal((1, 20_000)).astype(np.float32)
+    tensor = {"name": "x", "shape": [20_000], "datatype": "FP32", "parameters": {"binary_data_size": values.nbytes}}
+    head = json.dumps({"inputs": [tensor]}).encode()
+    binary = front.http.post("/v2/models/alone/infer", content=head + values.tobytes(), headers={"Inference-Header-Content-Length": str(len(head))})
+    plain = front.http.post("/v1/models/alone:predict", json={"instances": values.tolist()})
+    assert binary.json()["outputs"][0]["data"] == plain.json()["predictions"] == [pytest.approx(float(values.sum()), rel=1e-4)]
+
+
+def test_a_client_that_waits_to_be_asked_for_its_body_is_asked(front: Front) -> None:
+    body = b'{"instances": [[1, 2, 3, 4]]}'
+    with socket.create_connection((httpx.URL(front.url).host, httpx.URL(front.url).port or 0), timeout=60) as sock:
+        head = b"POST /v1/models/double:predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
+        sock.sendall(head % len(body))
+        assert sock.recv(1 << 10) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(body)
+        answer = b"".join(iter(lambda: sock.recv(1 << 16), b""))
+    assert b"[[2.0,4.0,6.0,8.0]]" in answer
+
+
+def test_a_binary_cloud_event_is_answered_with_one(front: Front) -> None:
+    headers = {"ce-specversion": "1.0", "ce-id": "1", "ce-source": "test", "ce-type": "test", "Content-Type": "application/json"}
+    response = front.http.post("/v1/models/double:predict", content=b'{"instances": [[1, 2, 3, 4]]}', headers=headers)
+    assert response.json() == {"predictions": [[2, 4, 6, 8]]}
+    assert (response.headers["ce-type"], response.headers["ce-source"]) == ("io.kserve.inference.response", "io.kserve.inference.double")
+
+
+EVENTS = {
+    "torn": (b'{"specversion": "1.0"', {"Content-Type": "application/cloudevents+json"}),
+    "without its fields": (b'{"specversion": "1.0"}', {"Content-Type": "application/cloudevents+json"}),
+    "without data": (b'{"specversion": "1.0", "id": "1", "source": "t", "type": "t"}', {"Content-Type": "application/cloudevents+json"}),
+    "a list": (b"[]", {"Content-Type": "application/cloudevents+json"}),
+    "binary with half its headers": (b"{}", {"ce-specversion": "1.0"}),
+    "of a version that there is not": (b"{}", {"ce-specversion": "9", "ce-id": "1", "ce-source": "t", "ce-type": "t"}),
+    "binary and torn": (b"{", {"ce-specversion": "1.0", "ce-id": "1", "ce-source": "t", "ce-type": "t"}),
+}
+
+
+@pytest.mark.parametrize(("body", "headers"), EVENTS.values(), ids=EVENTS)
+def test_a_cloud_event_that_is_none_is_refused(front: Front, body: bytes, headers: dict[str, str]) -> None:
+    assert front.http.post("/v1/models/double:predict", content=body, headers=headers).status_code == 400
+
+
+def test_grpc_keeps_the_parameters_of_a_request(stub: Any) -> None:
+    request = raw([[1, 2, 3, 4]])
+    request.parameters["mine"].string_param = "kept"
+    assert stub.ModelInfer(request).parameters["mine"].string_param == "kept"
+
+
+def test_grpc_serves_the_one_version(stub: Any) -> None:
+    request = raw([[1, 2, 3, 4]])
+    request.model_version = "1"
+    assert stub.ModelInfer(request).model_name == "double"
+    request.model_version = "2"
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ModelInfer(request)
+    assert caught.value.code().name == "NOT_FOUND"
+
+
+def test_grpc_takes_typed_contents_of_a_wider_field_within_limits(stub: Any) -> None:
+    request = pb.ModelInferRequest(model_name="same")
+    contents = request.inputs.add(name="x", datatype="UINT8", shape=[1, 2]).contents.uint_contents
+    contents.extend([0, 255])
+    assert list(stub.ModelInfer(request).raw_output_contents) == [b"\0\xff"]
+    contents[1] = 256
+    with pytest.raises(grpc.RpcError, match="does not fit UINT8, got 256"):
+        stub.ModelInfer(request)
+
+
+def test_grpc_says_what_a_message_lacks(front: Front) -> None:
+    port = front.log.split("serving gRPC on 127.0.0.1:")[1].split()[0]
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        for message in (b"\x3a\x05abc", b"\x0b", b"\x2a\x02\xff\xff", b"\xff" * 20):
+            with pytest.raises(grpc.RpcError) as caught:
+                call(message)
+            assert caught.value.code().name == "INVALID_ARGUMENT", message
+        with pytest.raises(grpc.RpcError) as caught:
+            call(b"")
+        assert caught.value.code().name == "NOT_FOUND"
+
+
+def test_a_cancelled_grpc_request_is_cancelled_at_the_agent(stub: Any, agent: FakeAgent) -> None:
+    agent.hold()
+    before = len(agent.submits)
+    call = stub.ModelInfer.future(raw([[1, 2, 3, 4]]))
+    agent.wait(lambda: len(agent.submits) > before)
+    call.cancel()
+    agent.wait(lambda: agent.submits[-1].id in agent.cancels)
+    agent.release()
