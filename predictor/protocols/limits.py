@@ -27,8 +27,9 @@ _FRAMING_FACTOR = 8
 """Chunk sizes, extensions and trailers may take MAX_HEAD_BYTES and so many times the body: a chunk of one byte takes six."""
 _MAX_PIPELINED = 64
 """Requests that a client may send on one connection without having an answer to the first."""
+_MAX_AGE_S, _MAX_AGE_GRACE_S = 1800, 600
 _SPARE_DESCRIPTORS = 64
-"""For the agent, the segment, listeners, gRPC and the log."""
+"""For the agent, the segment, listeners, models' tokenizers and the log."""
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -50,13 +51,15 @@ class Limits(msgspec.Struct, frozen=True):
         return 4 * self.body_bytes
 
     def fitting(self) -> Limits:
-        """The same with no more connections than this process may have descriptors, of which it takes all that it can get."""
+        """The same with no more connections, HTTP's and gRPC's, than this process may have descriptors, of which it takes what it needs."""
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if hard == resource.RLIM_INFINITY or soft < hard:
-            wanted = max(soft, self.max_connections + _SPARE_DESCRIPTORS)
-            soft = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        needed = 2 * self.max_connections + _SPARE_DESCRIPTORS
+        if soft != resource.RLIM_INFINITY and soft < needed:
+            soft = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        return msgspec.structs.replace(self, max_connections=max(1, min(self.max_connections, soft - _SPARE_DESCRIPTORS)))
+        elif soft == resource.RLIM_INFINITY:
+            soft = needed
+        return msgspec.structs.replace(self, max_connections=max(1, min(self.max_connections, (soft - _SPARE_DESCRIPTORS) // 2)))
 
 
 class Intake:
@@ -224,14 +227,21 @@ async def watch(intake: Intake, connections: set[Any]) -> None:
 
 
 def grpc_options(limits: Limits) -> list[tuple[str, int]]:
-    """The same for a gRPC server, as far as gRPC can: the number of calls at a time is an argument of the server itself."""
+    """The same for a gRPC server, as far as gRPC can: the number of calls at a time is an argument of the server itself.
+
+    It cannot time a message that does not come to its end; that, too, ends with its connection, which lives for half an hour at most. Clients are
+    told to make another, and calls under way go on.
+    """
     return [
         ("grpc.max_send_message_length", limits.body_bytes),
         ("grpc.max_receive_message_length", limits.body_bytes),
+        ("grpc.max_allowed_incoming_connections", limits.max_connections),
         ("grpc.max_concurrent_streams", limits.max_connections),
         ("grpc.max_metadata_size", 64 * KIB),
         ("grpc.server_handshake_timeout_ms", int(limits.patience_s * 1000)),
         ("grpc.max_connection_idle_ms", int(limits.keep_alive_s * 1000)),
+        ("grpc.max_connection_age_ms", _MAX_AGE_S * 1000),
+        ("grpc.max_connection_age_grace_ms", _MAX_AGE_GRACE_S * 1000),
         # A peer that has gone without a word is found by pings.
         ("grpc.keepalive_time_ms", int(limits.keep_alive_s * 1000)),
         ("grpc.keepalive_timeout_ms", int(limits.patience_s * 1000)),

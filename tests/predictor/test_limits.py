@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import select
 import socket
 import urllib.parse
@@ -16,6 +17,7 @@ import pytest
 from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb
 from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
 
+from predictor.protocols.limits import Limits
 from tests.predictor.fake_agent import PAIR, FakeAgent, info
 from tests.predictor.front_process import Front
 
@@ -202,6 +204,33 @@ def test_a_grpc_message_that_is_too_large_is_refused(front: Front, stub: GRPCInf
         stub.ModelInfer(infer_request(rows=MAX_BODY // 16 + 1))
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     stub.ModelInfer(infer_request())
+
+
+def test_one_grpc_connection_too_many_is_refused(front: Front) -> None:
+    host, _, port = front.grpc_address.rpartition(":")
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+    with contextlib.ExitStack() as stack:
+        for _ in range(MAX_CONNECTIONS + 1):
+            sock = stack.enter_context(socket.create_connection((host, int(port)), timeout=60))
+            try:
+                sock.sendall(preface)
+                if not sock.recv(1):
+                    break
+            except ConnectionError:
+                break
+        else:
+            pytest.fail("all were accepted")
+
+
+def test_no_more_connections_are_promised_than_there_are_descriptors() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    fitting = Limits(max_connections=1 << 40).fitting()
+    try:
+        assert 1 <= fitting.max_connections < resource.getrlimit(resource.RLIMIT_NOFILE)[0] / 2
+        assert fitting.fitting() == fitting
+        assert Limits(max_connections=10).fitting().max_connections == 10
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_one_grpc_call_too_many_is_refused(front: Front, stub: GRPCInferenceServiceStub, agent: FakeAgent) -> None:
