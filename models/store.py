@@ -88,8 +88,8 @@ def verify(store: Path, digest: str) -> WeightIndex:
 def _files(ref: ModelRef) -> list[Path]:
     if ref.format is ModelFormat.CATALOG:
         choice = catalogue.parse(ref.source)
-        tokenizer = choice.tokenizer_path()
-        return ([choice.pretrained.path()] if choice.pretrained else []) + ([tokenizer] if tokenizer else [])
+        named = (choice.pretrained.path() if choice.pretrained else None, choice.tokenizer_path())
+        return [path for path in named if path is not None and path.is_file()]
     path = locate(ref.source)
     folder = path if path.is_dir() else path.parent
     names = ("config.json", "modules.json", "signature.json", f"{path.stem}.signature.json", "tokenizer.json", "sentence_bert_config.json")

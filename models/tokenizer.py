@@ -71,6 +71,8 @@ def padded(signature: Signature, pad_id: int) -> Signature:
 
 def read(path: Path) -> Source:
     """A tokenizer file; InvalidArtifact names it when it is broken, too large, or no tokenizer."""
+    if not path.is_file():
+        raise InvalidArtifact("is no file", key="tokenizer", value=str(path))
     with reading(path):
         if path.stat().st_size > _MOST_BYTES:
             raise InvalidArtifact(f"must have at most {_MOST_BYTES} bytes", key="tokenizer", value=path.stat().st_size)

@@ -32,7 +32,7 @@ _LEAST_STEP = 64
 def joint(sizes: Mapping[str, int], padded: Container[str]) -> Hashable:
     """What requests must have in common to share a batch, from the sizes of their named dimensions: `Waiting.dims`.
 
-    Joining saves a run's fixed cost and wastes what is padded. On one core MiniLM's fixed cost is that of about 64 tokens, and on a GPU it is more.
+    Joining saves a run's fixed cost and wastes what is padded. On one core MiniLM's fixed cost is that of about 50 tokens, and on a GPU it is more.
     So lengths join that are rounded up to the same multiple of 64 or, beyond 256, of a quarter of the power of two above: a request grows by less
     than 64 positions or by less than half, and 5 tokens never wait for 500.
     """

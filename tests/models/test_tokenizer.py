@@ -87,6 +87,28 @@ def test_a_catalogued_network_takes_the_tokenizer_that_its_source_names(tmp_path
         of_catalogue("mlp?tokenizer=minilm")
 
 
+NO_FILES = {
+    "/nowhere/tokenizer.json": "is no file",
+    "/dev/zero": "is no file",
+    "nonsense": "must be a file://",
+    "http://host/t.json": "must be a file://",
+}
+
+
+@pytest.mark.parametrize(("source", "message"), NO_FILES.items(), ids=NO_FILES)
+def test_a_tokenizer_that_is_no_file_is_named(source: str, message: str) -> None:
+    with pytest.raises(InvalidArtifact, match=message):
+        of_catalogue(f"gpt2?n_layer=1&n_embd=24&n_head=2&tokenizer={source}")
+
+
+def test_a_reference_to_a_tokenizer_that_is_not_there_yet_has_a_name(tmp_path: Path) -> None:
+    path = tmp_path / "words.json"
+    ref = ModelRef(ModelFormat.CATALOG, f"gpt2?tokenizer={path}")
+    before = files.ref_name(ref)
+    path.write_text(tokenizer_json())
+    assert files.ref_name(ref) != before
+
+
 def test_a_model_without_a_mask_takes_texts_that_are_equally_long() -> None:
     model = of_catalogue("gpt2?n_layer=1&n_embd=24&n_head=2&n_positions=32&vocab_size=30522&tokenizer=minilm")
     assert not model.signature.padded
