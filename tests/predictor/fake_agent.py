@@ -173,7 +173,7 @@ class FakeAgent:
         del self.functions[key]
         self._send(FunctionGone(key))
 
-    def wait(self, condition: Callable[[], bool], timeout_s: float = 20) -> None:
+    def wait(self, condition: Callable[[], bool], timeout_s: float = 120) -> None:
         """Until something that this agent sees is so."""
         with self._changed:
             assert self._changed.wait_for(condition, timeout_s), "the fake agent waited in vain"

@@ -28,7 +28,7 @@ class Front:
         found = re.search(r"serving on (http://[\w.:]+)", self.log)
         assert found, self.log
         self.url = found[1]
-        self.http = httpx.Client(base_url=self.url, timeout=30)
+        self.http = httpx.Client(base_url=self.url, timeout=120)
 
     @property
     def grpc_address(self) -> str:
@@ -42,7 +42,7 @@ class Front:
         for line in self.process.stderr:
             self.log += line
 
-    def until(self, condition: Callable[[], bool], timeout_s: float = 30) -> None:
+    def until(self, condition: Callable[[], bool], timeout_s: float = 120) -> None:
         """Polls until something is so."""
         end = time.monotonic() + timeout_s
         while not condition():

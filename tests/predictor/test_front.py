@@ -2,13 +2,14 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contracts.errors import NotPermitted, Refused, Unavailable
@@ -160,23 +161,31 @@ def test_readiness_is_per_model(front: Front) -> None:
 )
 def test_past_its_deadline_a_request_is_told_and_cancelled(front: Front, agent: FakeAgent, name: str, headers: dict[str, str]) -> None:
     agent.hold()
-    response = front.predict(name, [1, 2, 3, 4], **headers)
-    assert response.status_code == 504
-    batch = agent.submits[-1].id
+    before = len(agent.submits)
+
+    def told() -> bool:
+        """A busy machine may let the deadline pass before the agent is asked at all."""
+        assert front.predict(name, [1, 2, 3, 4], **headers).status_code == 504
+        return len(agent.submits) > before
+
+    front.until(told)
+    batch = agent.submits[before].id
     agent.wait(lambda: batch in agent.cancels)
 
 
 def test_a_client_that_hangs_up_cancels_its_request(front: Front, agent: FakeAgent) -> None:
     agent.hold()
     before = len(agent.submits)
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{front.url}/v1/models/double:predict", json={"instances": [[1, 2, 3, 4]]}, timeout=0.3)
-    agent.wait(lambda: len(agent.submits) > before and agent.submits[-1].id in agent.cancels)
+    body = b'{"instances": [[1, 2, 3, 4]]}'
+    with socket.create_connection((httpx.URL(front.url).host, httpx.URL(front.url).port or 0), timeout=120) as sock:
+        sock.sendall(b"POST /v1/models/double:predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        agent.wait(lambda: len(agent.submits) > before)
+    agent.wait(lambda: agent.submits[-1].id in agent.cancels)
 
 
 async def _many(front: Front, bodies: list[Any], path: str = "/v2/models/double/infer") -> list[httpx.Response]:
     limits = httpx.Limits(max_connections=200)
-    async with httpx.AsyncClient(base_url=front.url, limits=limits, timeout=30) as client:
+    async with httpx.AsyncClient(base_url=front.url, limits=limits, timeout=120) as client:
         return list(await asyncio.gather(*(client.post(path, json=body) for body in bodies)))
 
 
@@ -277,7 +286,7 @@ DOCUMENTS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(path=PATHS, body=st.binary(max_size=40) | DOCUMENTS.map(lambda value: json.dumps(value).encode()))
 def test_no_body_brings_the_front_down(front: Front, path: str, body: bytes) -> None:
     response = front.http.post(path, content=body, headers={"Content-Type": "application/json"})

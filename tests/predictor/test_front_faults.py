@@ -42,7 +42,7 @@ async def test_when_the_agent_dies_each_request_gets_one_right_answer_from_the_n
     agent, front = start(info("double"))
     front.ready("double")
     agent.hold()
-    async with httpx.AsyncClient(base_url=front.url, timeout=30) as client:
+    async with httpx.AsyncClient(base_url=front.url, timeout=120) as client:
         asked = [asyncio.create_task(_ask(client, 100 + number)) for number in range(30)]
         await asyncio.to_thread(agent.wait, lambda: sum(len(one.parts) for one in agent.submits) >= 25)
         first = {one.id for one in agent.submits}
@@ -69,7 +69,7 @@ def test_when_the_agent_stays_away_requests_end_at_their_deadline_and_the_front_
     assert response.status_code == 504
     agent.start()
     front.ready("double")
-    assert front.predict("double", ROW).status_code == 200
+    front.until(lambda: front.predict("double", ROW).status_code == 200)
     assert front.metric("sluice_segment_used_bytes") == 0
 
 
@@ -120,7 +120,7 @@ async def test_a_function_that_goes_leaves_no_request_without_an_answer(start: C
     agent, front = start(info("double"))
     front.ready("double")
     agent.hold()
-    async with httpx.AsyncClient(base_url=front.url, timeout=30) as client:
+    async with httpx.AsyncClient(base_url=front.url, timeout=120) as client:
         asked = [asyncio.create_task(_ask(client, number)) for number in range(100, 104)]
         await asyncio.to_thread(front.until, lambda: front.metric("sluice_in_flight_requests", function="default/double") == 4)
         signature = agent.functions["default/double"]
@@ -138,7 +138,7 @@ async def test_sigterm_turns_readiness_off_finishes_what_runs_and_ends(start: Ca
     agent, front = start(info("double"), arguments=("--linger-ms", "120000"))
     front.ready("double")
     agent.hold()
-    async with httpx.AsyncClient(base_url=front.url, timeout=30) as client:
+    async with httpx.AsyncClient(base_url=front.url, timeout=120) as client:
         asked = [asyncio.create_task(_ask(client, number)) for number in range(100, 110)]
         await asyncio.to_thread(front.until, lambda: front.metric("sluice_in_flight_requests", function="default/double") == 10)
         front.process.send_signal(signal.SIGTERM)
