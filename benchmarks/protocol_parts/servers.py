@@ -94,7 +94,8 @@ def running(module: str, *arguments: str, log: int | None = None) -> Iterator[ps
     try:
         yield process
     finally:
-        process.send_signal(signal.SIGTERM)
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
         try:
             process.communicate(timeout=_STOP_S)
         except subprocess.TimeoutExpired:
