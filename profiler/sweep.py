@@ -17,7 +17,6 @@ from typing import Protocol
 
 import msgspec
 
-from contracts.artifact import Signature
 from contracts.errors import InvalidValue, Refused
 from contracts.functions import Function, Share
 from models.describe import describe
@@ -167,8 +166,14 @@ class _Sweep:
         self._plan = plan
         self._planner = planner
         self._on_progress = on_progress
+        self._signature = describe(function.model).signature
+        self._grid = plan.grid(self._signature.batchable)
+        # Cut from one sample, smaller batches have the same lengths of texts and recordings: only the rows change.
+        self._inputs = sample_inputs(function.model, max(config.batch for config in self._grid), plan.seed)
+        self._watch = Watch(session, device)
         self._error: float | None = None
         self._caller: tuple[int, Caller] | None = None
+        self._begun = time.monotonic()
 
     @property
     def spent_s(self) -> float:
@@ -177,71 +182,58 @@ class _Sweep:
 
     def run(self, budget_s: float | None) -> Outcome:
         """Measures until one of the ends."""
-        self._budget_s = budget_s
-        self._watch = Watch(self._session, self._device)
         if not self._plan.beside_load:
             self._watch.require_quiet()
-        self._signature: Signature = describe(self._function.model).signature
-        grid = self._plan.grid(self._signature.batchable)
-        # Cut from one sample, smaller batches have the same lengths of texts and recordings: only the rows change.
-        self._inputs = sample_inputs(self._function.model, max(config.batch for config in grid), self._plan.seed)
         with self._session.serving(self._function, WHOLE) as self._key:
+            self._index = self._session.index(self._function)
+            self._begun = time.monotonic()
             try:
-                self._identify()
-                self._begun = time.monotonic()
-                reason = self._measure(grid)
+                reason = self._measure(budget_s)
             finally:
                 self._let_go()
-        return Outcome(self._function.key, reason, len(self._known(grid)), self._error)
+        return Outcome(self._function.key, reason, len(self._known()), self._error)
 
-    def _measure(self, grid: list[Config]) -> str:
-        known = self._known(grid)
+    def _measure(self, budget_s: float | None) -> str:
+        known = self._known()
         self._swap_ms = known[0].swap_ms if known else self._cold_ms()
-        self._tell(grid, None)
-        while True:
-            left = self._open(grid)
-            if not left:
-                return "grid"
-            if self._budget_s is not None and self.spent_s >= self._budget_s:
+        self._tell(budget_s)
+        while left := self._open():
+            if budget_s is not None and self.spent_s >= budget_s:
                 return "budget"
-            config = self._choose(grid, left)
+            config = self._choose(left)
             if config is None:
                 return "target"
             point = self._point(config)
             self._table.append(point)
-            self._tell(grid, point)
+            self._tell(budget_s, point)
+        return "grid"
 
-    def _choose(self, grid: list[Config], left: list[Config]) -> Config | None:
+    def _choose(self, left: list[Config]) -> Config | None:
         """The next configuration; None when the target is reached. The corners come first: between them an estimator need not guess."""
-        corner = next((config for config in corners(grid) if config in left), None)
+        corner = next((config for config in corners(self._grid) if config in left), None)
         if corner is not None:
             return corner
-        index, self._error = self._planner.next(self._known(grid), left)
+        index, self._error = self._planner.next(self._known(), left)
         if self._plan.target_error is not None and self._error <= self._plan.target_error:
             return None
         return left[index]
 
-    def _known(self, grid: Sequence[Config]) -> list[Point]:
+    def _known(self) -> list[Point]:
         """What the table holds of this very model, on this device, in this grid; beside load only if that is allowed now."""
-        wanted = set(grid)
+        wanted = set(self._grid)
         return [
             point
             for point in self._table.points
             if point.function == self._function.key
-            and point.model_digest == self._digest
+            and point.model_digest == self._index.digest
             and point.device == self._device
             and point.config in wanted
             and (self._plan.beside_load or not point.beside_load)
         ]
 
-    def _open(self, grid: Sequence[Config]) -> list[Config]:
-        known = {point.config for point in self._known(grid)}
-        return [config for config in grid if config not in known]
-
-    def _identify(self) -> None:
-        index = self._session.index(self._function)
-        self._digest, self._program = index.digest, index.program_id
-        self._weight_bytes = index.total_bytes
+    def _open(self) -> list[Config]:
+        known = {point.config for point in self._known()}
+        return [config for config in self._grid if config not in known]
 
     def _point(self, config: Config) -> Point:
         """Measures a configuration; again when something else ran meanwhile, Refused when that does not end."""
@@ -260,8 +252,8 @@ class _Sweep:
             function=self._function.key,
             model_format=self._function.model.format,
             model_source=self._function.model.source,
-            model_digest=self._digest,
-            program_id=self._program,
+            model_digest=self._index.digest,
+            program_id=self._index.program_id,
             device=self._device,
             batch=config.batch,
             sm_percent=config.sm_percent,
@@ -277,7 +269,7 @@ class _Sweep:
             service_p99_ms=service.p99_ms,
             gpu_ms=measured.gpu_ms,
             swap_ms=self._swap_ms,
-            device_bytes=self._weight_bytes,
+            device_bytes=self._index.total_bytes,
             duration_s=duration_s,
             started_at=started_at,
             beside_load=beside_load,
@@ -301,9 +293,9 @@ class _Sweep:
             self._caller[1].close()
             self._caller = None
 
-    def _tell(self, grid: Sequence[Config], point: Point | None) -> None:
-        measured = len(self._known(grid))
-        self._on_progress(Progress(self._function.key, measured, len(grid), self._error, self.spent_s, self._budget_s, point))
+    def _tell(self, budget_s: float | None, point: Point | None = None) -> None:
+        measured = len(self._known())
+        self._on_progress(Progress(self._function.key, measured, len(self._grid), self._error, self.spent_s, budget_s, point))
 
 
 def corners(grid: Sequence[Config]) -> list[Config]:

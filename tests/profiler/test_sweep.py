@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -272,3 +274,8 @@ def test_an_impossible_plan_is_named(fields: dict[str, Any], kind: type[Exceptio
 def test_each_function_is_named_once(tmp_path: Path, functions: tuple[Function, ...]) -> None:
     with pytest.raises(InvalidValue, match="name each function to measure once"):
         run(tmp_path / "t.parquet", GRID, functions=functions)
+
+
+def test_whoever_sweeps_stays_without_torch() -> None:
+    code = "import sys, profiler.sweep, profiler.planner, profiler.pairs, profiler.points; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
