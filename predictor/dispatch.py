@@ -138,8 +138,10 @@ class Dispatcher:
         return key is not None and not self.unready(self._served[key])
 
     def find(self, name: str) -> Served:
-        """The function behind a model name in a URL, or NotFound."""
+        """The function behind a model name in a URL, or NotFound; Unavailable while only the agent could say whether there is one."""
         key = self._names.get(name)
+        if key is None and not self.client.connected:
+            raise Unavailable(f"whether there is a model {name!r} is not known yet: the server waits for its node agent", retry_after_ms=_RETRY_MS)
         if key is None:
             raise NotFound(f"there is no model {name!r} here")
         return self._served[key]

@@ -75,7 +75,9 @@ def test_when_the_agent_stays_away_requests_end_at_their_deadline_and_the_front_
 
 def test_a_front_that_is_there_before_its_agent_waits_for_it(tmp_path: Path) -> None:
     front = Front(tmp_path / "agent.sock")
-    assert front.predict("double", ROW).status_code == 404
+    unknown = front.predict("double", ROW)
+    assert unknown.status_code == 503, "it cannot know yet that there is no such model"
+    assert unknown.headers["retry-after"]
     assert front.http.get("/v2/health/ready").status_code == 503
     agent = FakeAgent(tmp_path / "agent.sock", info("double"))
     agent.start()

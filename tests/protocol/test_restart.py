@@ -1,6 +1,7 @@
 """A rolling restart under load: two predictors of one node end and come again, one after the other. No request that was accepted is lost.
 
-The clients try again only where nobody took the connection. They keep their connections, and open another when an answer says that it is the last.
+The clients try again only where nobody took the connection, or a predictor that has just begun says so (503). They keep their connections, and open
+another when an answer says that it is the last.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from tests.protocol.outside.expected import IDENTITY
 LINGER_MS = 1000
 CLIENTS = 4
 KINDS = ("v1", "v2", "binary", "grpc")
+_NOT_YET = "waits for its node agent"
 
 
 class Place:
@@ -106,7 +108,7 @@ class Load:
             try:
                 return rpc.answer(await channels[place.grpc_port].unary_unary(rpc.INFER)(rpc.request(IDENTITY, values)))
             except grpc.aio.AioRpcError as error:
-                if "Connection refused" in (error.details() or ""):
+                if "Connection refused" in (error.details() or "") or _NOT_YET in (error.details() or ""):
                     return None
                 raise
         connection = connections.pop(place.http_port, None)
@@ -116,11 +118,13 @@ class Load:
             except ConnectionRefusedError:
                 return None
         status = await connection.ask(messages.http_request(kind, IDENTITY, values))
-        assert status == 200, (status, connection.body)
         if connection.headers.get("connection") == "close":
             connection.close()
         else:
             connections[place.http_port] = connection
+        if status == 503 and _NOT_YET.encode() in connection.body:
+            return None
+        assert status == 200, (status, connection.body)
         return connection.values(kind)
 
 
