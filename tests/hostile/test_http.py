@@ -177,7 +177,7 @@ PATHS = [
     "//etc/passwd",
     "/v2/models/mine/versions/../../../etc/passwd/infer",
     "/v2/repository/models/..%2f/load",
-    "/v2/repository/models/mine/unload",
+    "/v2/repository/models/mine%2f../unload",
 ]
 
 
