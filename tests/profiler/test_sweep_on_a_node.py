@@ -31,7 +31,7 @@ FACTS = DeviceFacts("cpu", "a processor", 1, 0.0, 1e11, 1e10, 1e10, 1 << 26)
 NODE = NodeOptions(device_bytes=64 * MIB, host_bytes=256 * MIB)
 ONE = Function("one", ModelRef(ModelFormat.CATALOG, "mlp?width=1024&depth=4"))
 TWO = Function("two", ModelRef(ModelFormat.CATALOG, "mlp?width=256&depth=8"))
-PLAN = Plan((1, 4), (50, 100), (10, 100), None, None, True, sampling=Sampling(spread=1.0, fewest=8, enough=8, seconds=0.1))
+PLAN = Plan((1, 64), (50, 100), (10, 100), None, None, True, sampling=Sampling(spread=1.0, fewest=5, enough=5, seconds=0.1))
 SWEEP = """
 import sys
 from pathlib import Path
@@ -97,15 +97,15 @@ def test_a_killed_sweep_loses_nothing_leaves_no_process_and_goes_on(tmp_path: Pa
 
 
 def check_the_law(found: dict[Config, Point]) -> None:
-    """Ratios of one run, with much room: other processes take their time, too."""
-    for config, point in found.items():
-        assert point.samples >= 8
+    """What holds however slow the machine is. Only a batch that is long beside this process's own delays meets the quota for all of its time."""
+    for point in found.values():
+        assert point.samples >= 5
         assert point.latency_p50_ms <= point.latency_p95_ms <= point.latency_p99_ms
         assert point.gpu_ms < point.service_mean_ms <= point.latency_mean_ms
         assert point.swap_ms >= 0
-        assert point.latency_mean_ms > 0.7 * point.gpu_ms * 100 / config.quota_percent, "the limit binds: a batch every gpu time / quota"
-        if config.quota_percent == 10:
-            assert point.latency_mean_ms > 2 * point.service_mean_ms, "nearly all of it is the wait for the quota"
+    longest = found[Config(64, 50, 10)]
+    assert longest.latency_mean_ms > 0.7 * longest.gpu_ms * 100 / 10, "the limit binds: a batch every gpu time / quota"
+    assert longest.latency_mean_ms > 2 * longest.service_mean_ms, "nearly all of it is the wait for the quota"
 
 
 def test_a_pair_is_measured_side_by_side_in_every_split(session: Session) -> None:
