@@ -160,16 +160,17 @@ class _Counter(TorchDispatchMode):
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
-        if any(tensor.is_meta for tensor in _tensors((args, kwargs))):
-            args, kwargs = tree_map_only(Tensor, _to_meta, (args, kwargs))
-        result = func(*args, **kwargs)
+        call = args, kwargs
+        if any(tensor.is_meta for tensor in _tensors(call)):
+            call = tree_map_only(Tensor, _to_meta, call)
+        result = func(*call[0], **call[1])
         self._note(func, args, kwargs, result)
         return result
 
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         name = func._overloadpacket.__name__
         given, made = _tensors((args, kwargs)), _tensors(result)
-        read = {_place(tensor): tensor for tensor in given}
+        read = set(map(_place, given))
         depth = max((self._depth.get(place, 0) for place in read), default=0)
         if name in _FREE or (made and not func._schema.is_mutable and all(_place(tensor) in read for tensor in made)):
             self._depth |= {_place(tensor): depth for tensor in made}
@@ -177,13 +178,14 @@ class _Counter(TorchDispatchMode):
         self.longest = max(self.longest, depth + 1)
         self._depth |= {_place(tensor): depth + 1 for tensor in made}
         written = sum(map(_size, made))
-        from_inputs = written + sum(map(_size, given[1:])) if name in _GATHERS else sum(map(_size, read.values()))
+        distinct = {(_place(tensor), tensor.storage_offset(), tensor.shape): _size(tensor) for tensor in (given[1:] if name in _GATHERS else given)}
+        weights = {_place(tensor): tensor.untyped_storage().nbytes() for tensor in given if _place(tensor) in self._unread}
         found = self._sums.setdefault(_kind(name, args), _Sum())
         found.kernels += 1
         found.flops += _flops(func, args, kwargs, result)
-        found.bytes += from_inputs + written
-        found.weight_bytes += sum(_size(tensor) for place, tensor in read.items() if place in self._unread)
-        self._unread.difference_update(read)
+        found.bytes += sum(distinct.values()) + written * (2 if name in _GATHERS else 1)
+        found.weight_bytes += sum(weights.values())
+        self._unread.difference_update(weights)
 
 
 def _kind(name: str, args: Any) -> Kind:
