@@ -6,7 +6,7 @@ Owns the gRPC server's options, and inference: from the message's bytes to share
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import grpc  # type: ignore[import-untyped]
 import numpy as np
@@ -53,19 +53,17 @@ class _Inference:
         """The bytes of a ModelInferResponse; aborts with the code of what went wrong."""
         try:
             request, raw = _parse(message)
-            timeout = _timeout_ns(context)
+            metadata = context.invocation_metadata() or ()
             return await self._front.infer(
                 request.model_name,
                 lambda signature: _decode(request, raw, signature),
-                timeout,
+                _timeout_ns(context.time_remaining(), metadata),
                 version=request.model_version,
-                headers=context.invocation_metadata() or (),
+                headers=metadata,
             )
         except SluiceError as error:
             _, status, more = codes(error)
             await context.abort(status, error.message, tuple(more.items()))
-        except grpc.aio.AbortError:
-            raise
         except Exception as error:
             log.exception("a gRPC request could not be handled")
             await context.abort(StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
@@ -81,12 +79,11 @@ def _parse(message: bytes) -> tuple[ModelInferRequest, list[memoryview]]:
         raise InvalidValue(f"the message is no ModelInferRequest: {error}") from None
 
 
-def _timeout_ns(context: grpc.aio.ServicerContext) -> int | None:
+def _timeout_ns(left_s: float | None, metadata: Iterable[tuple[str, str | bytes]]) -> int | None:
     """The shorter of the call's deadline and its `sluice-timeout-ms`; None when it has neither."""
-    left_s = context.time_remaining()
-    asked = timeout_ns(dict(context.invocation_metadata() or ()).get("sluice-timeout-ms"))
-    given = [limit for limit in (asked, None if left_s is None else max(1, int(left_s * S))) if limit is not None]
-    return min(given, default=None)
+    asked = next((timeout_ns(value) for key, value in metadata if key == "sluice-timeout-ms"), None)
+    left_ns = None if left_s is None else max(1, int(left_s * S))
+    return min((limit for limit in (asked, left_ns) if limit is not None), default=None)
 
 
 def _decode(request: ModelInferRequest, raw: list[memoryview], signature: Signature) -> Decoded[bytes]:
