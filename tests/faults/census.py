@@ -122,8 +122,11 @@ class Census:
 
 
 def end_loader(mark: str) -> None:
-    """Ends an idle loader, which would end itself in ten seconds: the agent starts another when it needs one."""
-    kill(of_role(mark, "loader"))
+    """Ends an idle loader, which would end itself in ten seconds. Returns when the agent has reaped it: it starts another when it needs one."""
+    loaders = of_role(mark, "loader")
+    kill(loaders)
+    _, left = psutil.wait_procs(loaders, timeout=120)
+    assert not left, f"nobody reaps {left}"
 
 
 def take(mark: str, store: Path) -> Census:

@@ -109,7 +109,6 @@ class Agent:
         """Takes the census that later ones are compared with, without the loader. `functions` are declared."""
         self.functions = functions
         census.end_loader(self.mark)
-        until(lambda: not self.processes("loader"), "the end of the idle loader")
         self.before = self.count()
 
     def leaks_nothing(self) -> None:

@@ -69,7 +69,6 @@ class Whole:
     def settle(self) -> None:
         """Takes the census that later ones are compared with, without the loader."""
         census.end_loader(self.mark)
-        until(lambda: not census.of_role(self.mark, "loader"), "the end of the idle loader")
         self.before = census.take(self.mark, self.store)
 
     def leaks_nothing(self) -> None:
