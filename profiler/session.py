@@ -279,7 +279,6 @@ def started(options: NodeOptions) -> Iterator[Session]:
             except subprocess.TimeoutExpired:
                 agent.kill()
                 agent.wait()
-            Path(store).mkdir(exist_ok=True)  # The agent removed it; its owner does so again.
 
 
 def _spawn(command: list[str], output: int) -> subprocess.Popen[bytes]:

@@ -61,16 +61,16 @@ def measure(quick: bool) -> dict[str, Metric]:
     functions = [Function(name, ModelRef(ModelFormat.CATALOG, source), max_batch=_MAX_BATCH) for name, source in _MODELS.items()]
     functions = functions[:1] if quick else functions
     with tempfile.TemporaryDirectory(prefix="sluice-") as folder:
-        points, estimates, predictions = _sweeps(functions, Path(folder), probes_s=12 if quick else 40)
+        points, estimates, predictions = _sweeps(functions, Path(folder), probes_s=12 if quick else 40, most_seconds=1 if quick else 2.5)
     live = _live(functions[0], estimates[_LIVE], points, seconds=10 if quick else 60)
     return _metrics(predictions, points, live)
 
 
 def _sweeps(
-    functions: Sequence[Function], folder: Path, probes_s: float
+    functions: Sequence[Function], folder: Path, probes_s: float, most_seconds: float
 ) -> tuple[tuple[Point, ...], Mapping[str, ModelEstimate], Mapping[str, Prediction]]:
     """Probes each model where it is least certain, and at once measures its held-out shares; all points, and what the probes say of each model."""
-    sampling = Sampling(spread=0.01, seconds=0.5, most_seconds=2.5)
+    sampling = Sampling(spread=0.01, seconds=0.5, most_seconds=most_seconds)
     probes = Plan((1, 2, _MAX_BATCH), (20, 30, 50, 70, 100), (20, 30, 50, 70, 100), 0.02, probes_s, True, _SEED, sampling)
     held_out = Plan((1, _MAX_BATCH), (40, 85), (40, 85), None, None, True, _SEED, sampling)
     points: list[Point] = []
