@@ -42,6 +42,7 @@ NUMPY: Mapping[str, np.dtype[np.generic]] = {
 """Open Inference Protocol datatype -> the numpy type it is stored as. numpy has no BF16: its 16 bits are kept as they are."""
 
 _MAX_DIMS = 32
+_BOOLEANS, _INTEGERS, _NUMBERS = frozenset({bool}), frozenset({int}), frozenset({int, float})
 _MAX_ELEMENTS = 1 << 40
 _short = reprlib.Repr()
 _short.maxlevel = 3
@@ -110,9 +111,10 @@ def _claimed(given: Given, spec: TensorSpec) -> Array:
     if datatype != spec.dtype:
         raise InvalidTensor(f"must be {spec.dtype}", key=f"{name}.datatype", value=shown(datatype))
     count = math.prod(shape)
-    if isinstance(data, bytes | memoryview):
+    # Tuples of types: a union is made anew each time.
+    if isinstance(data, (bytes, memoryview)):
         return _from_buffer(data, spec, shape, count)
-    if not isinstance(data, list | np.ndarray):
+    if not isinstance(data, (list, np.ndarray)):
         raise InvalidTensor("must be a list of the values", key=f"{name}.data", value=shown(data))
     array = _array(data, spec)
     if list(array.shape) != shape and (array.ndim != 1 or array.size != count):
@@ -156,9 +158,9 @@ def _wrong_kind(spec: TensorSpec, value: object) -> InvalidTensor:
     return InvalidTensor(f"takes only {names} values ({spec.dtype})", key=spec.name, value=shown(value))
 
 
-def _kinds(spec: TensorSpec) -> set[type]:
+def _kinds(spec: TensorSpec) -> frozenset[type]:
     """What JSON values of this input are."""
-    return {bool} if spec.dtype == "BOOL" else {int, float} if spec.dtype in ("FP16", "FP32", "FP64", "BF16") else {int}
+    return _BOOLEANS if spec.dtype == "BOOL" else _NUMBERS if spec.dtype in ("FP16", "FP32", "FP64", "BF16") else _INTEGERS
 
 
 def _array(values: Any, spec: TensorSpec) -> Array:
