@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from contracts.errors import ProtocolError
-from contracts.wire import FrameDecoder, Message, encode
+from contracts.frames import FrameDecoder, encode
+from contracts.wire import Message
 
 # Small, so that a peer that floods its socket cannot hold the loop for long at a time.
 _READ_BYTES = 1 << 13

@@ -1,7 +1,7 @@
-"""The messages that cross a process boundary on a node, and their frames.
+"""The messages that cross a process boundary on a node: one struct each, told apart by its tag; `frames` makes bytes of them.
 
-A frame is a 4-byte big-endian length and a MessagePack body: one of the structs below, told apart by its tag. Tensors never travel in a frame; they
-lie in shared memory and a frame refers to them by offset. File descriptors travel beside the frame that announces them (`FDS` says how many).
+Tensors never travel in a message; they lie in shared memory and a message refers to them by offset. File descriptors travel beside the message that
+announces them (`FDS` says how many).
 
 Who talks to whom:
     predictor -> agent   Hello (+ its segment), Submit, Cancel            on `agent.sock`
@@ -21,12 +21,9 @@ from typing import ClassVar
 import msgspec
 
 from contracts.artifact import Signature
-from contracts.errors import ProtocolError, SluiceError
 from contracts.functions import Function, FunctionClass, Share
 
 PROTOCOL_VERSION = 1
-MAX_FRAME_BYTES = 4 << 20
-HEADER_BYTES = 4
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -385,56 +382,3 @@ ToLaneRun = MapSegment | UnmapSegment | Run | Resume
 ToLaneCopy = Attach | Detach | Copy | CopyGrant
 FromLaneRun = LaneReady | BatchDone | BatchPaused
 FromLaneCopy = Attached | CopyProgress
-
-_encoder = msgspec.msgpack.Encoder()
-
-
-def encode(message: Message) -> bytes:
-    """One frame."""
-    body = _encoder.encode(message)
-    if len(body) > MAX_FRAME_BYTES:
-        raise ProtocolError(f"a {type(message).__name__} of {len(body)} bytes is longer than a frame may be ({MAX_FRAME_BYTES})")
-    return len(body).to_bytes(HEADER_BYTES, "big") + body
-
-
-class FrameDecoder:
-    """Bytes in, messages out. `expected` is the union of messages that this end may receive; anything else is a ProtocolError."""
-
-    def __init__(self, expected: object) -> None:
-        self._decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(expected)
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> list[Message]:
-        """The messages that are complete now. After a ProtocolError the stream is of no more use."""
-        if self._buffer:
-            self._buffer += data
-            messages, used = self._frames(self._buffer)
-            del self._buffer[:used]
-        else:  # Nearly always: what came is whole frames.
-            messages, used = self._frames(data)
-            if used < len(data):
-                self._buffer += data[used:]
-        return messages
-
-    def _frames(self, data: bytes | bytearray) -> tuple[list[Message], int]:
-        """The messages of all whole frames, and how many bytes they took."""
-        messages: list[Message] = []
-        start, size = 0, len(data)
-        while size - start >= HEADER_BYTES:
-            body = start + HEADER_BYTES
-            length = int.from_bytes(data[start:body], "big")
-            if length > MAX_FRAME_BYTES:
-                raise ProtocolError(f"a frame of {length} bytes is longer than {MAX_FRAME_BYTES}")
-            if size < body + length:
-                break
-            start = body + length
-            messages.append(self._decode(bytes(data[body:start])))
-        return messages, start
-
-    def _decode(self, body: bytes) -> Message:
-        try:
-            return self._decoder.decode(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise ProtocolError(f"a frame holds no message that is expected here ({error})") from None
-        except SluiceError as error:
-            raise ProtocolError(f"a frame holds a bad value: {error.message}") from None

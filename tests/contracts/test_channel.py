@@ -8,7 +8,8 @@ import pytest
 
 from contracts.channel import AsyncChannel, Channel, connect
 from contracts.errors import ProtocolError
-from contracts.wire import Attach, Cancel, Failed, Hello, MapSegment, Spawn, Submit, ToAgent, ToLaneCopy, encode
+from contracts.frames import encode
+from contracts.wire import Attach, Cancel, Failed, Hello, MapSegment, Spawn, Submit, ToAgent, ToLaneCopy
 
 SPAWN = Spawn(1, "cpu:0", 50, "latency-sensitive", 1 << 20, 1, 0, 0)
 ATTACH = Attach("default/f", b"{}", "/store")

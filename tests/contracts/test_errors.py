@@ -2,7 +2,8 @@ import pytest
 
 from contracts import errors
 from contracts.errors import ExecutionError, InvalidTensor, InvalidValue, Refused, SluiceError, from_wire, to_wire
-from contracts.wire import Failed, FrameDecoder, encode
+from contracts.frames import FrameDecoder, encode
+from contracts.wire import Failed
 
 
 def _tree(kind):

@@ -9,15 +9,13 @@ from hypothesis import strategies as st
 from contracts import wire
 from contracts.artifact import Signature
 from contracts.errors import ProtocolError
+from contracts.frames import HEADER_BYTES, MAX_FRAME_BYTES, FrameDecoder, encode
 from contracts.functions import Function, ModelFormat, ModelRef, Share
 from contracts.wire import (
-    HEADER_BYTES,
-    MAX_FRAME_BYTES,
     Answer,
     Cancel,
     Control,
     Declare,
-    FrameDecoder,
     Grant,
     Hello,
     Message,
@@ -27,7 +25,6 @@ from contracts.wire import (
     Submit,
     TensorRef,
     ToAgent,
-    encode,
 )
 
 FUNCTION = Function("embed", ModelRef(ModelFormat.CATALOG, "minilm"))

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from contracts import wire
 from contracts.channel import Channel, connect
+from contracts.frames import MAX_FRAME_BYTES, encode
 from contracts.functions import Share
-from contracts.wire import MAX_FRAME_BYTES, PROTOCOL_VERSION, Answer, Failed, Hello, Part, Submit, TensorRef, encode
+from contracts.wire import PROTOCOL_VERSION, Answer, Failed, Hello, Part, Submit, TensorRef
 from tests.faults.real import Predictor, function, rows_of, source
 from tests.hostile.conftest import Scene
 from tests.hostile.messages import MESSAGES, REF, SEGMENT

@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 
 from contracts.channel import connect
-from contracts.wire import PROTOCOL_VERSION, Hello, encode
+from contracts.frames import encode
+from contracts.wire import PROTOCOL_VERSION, Hello
 from tests.faults import census
 from tests.faults.real import Agent, Predictor, connected, function, source, until
 

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contracts.channel import connect
+from contracts.frames import MAX_FRAME_BYTES, encode
 from contracts.functions import Share
-from contracts.wire import MAX_FRAME_BYTES, PROTOCOL_VERSION, Answer, Cancel, Failed, GetStatus, Hello, Message, Part, Submit, TensorRef, encode
+from contracts.wire import PROTOCOL_VERSION, Answer, Cancel, Failed, GetStatus, Hello, Message, Part, Submit, TensorRef
 from tests.nodeagent.node import Control, Node, Predictor, eventually, function, short_folder
 
 ROWS = np.ones((2, 4), "<f4")
