@@ -118,6 +118,7 @@ class Dispatcher:
         self._served: dict[str, Served] = {}
         self._names: dict[str, str] = {}
         self._open = 0
+        self.draining = False
         self.tokenizers = Tokenizers()
         self.client = AgentClient(agent_path, segment_bytes, self)
         metrics.watch_segment(lambda: self.client.segment.used_bytes)
@@ -175,10 +176,19 @@ class Dispatcher:
         served.loaded = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_ns / S):
-                while self.unready(served) and served.loaded and served.info.state != "failed" and self._served.get(served.key) is served:
+                while self.unready(served) and self._may_load(served):
                     await served.changed.wait()
         if why := self.unready(self.find(name)):
             raise Unavailable(f"{served.key} {why}", retry_after_ms=_RETRY_MS)
+
+    def _may_load(self, served: Served) -> bool:
+        return served.loaded and served.info.state != "failed" and self._served.get(served.key) is served and not self.draining
+
+    def drain(self) -> None:
+        """The process is on its way down: what comes is still served, but nobody waits for a model any more."""
+        self.draining = True
+        for served in self._served.values():
+            served.tell()
 
     def submit(self, served: Served, signature: Signature, inputs: Mapping[str, Array], timeout_ns: int | None) -> Ticket:
         """Accepts a request or says why not: InvalidTensor, Refused. `timeout_ns` can only shorten the function's own."""

@@ -55,14 +55,10 @@ class Finished(NamedTuple):
 
 
 class Front:
-    """What all protocols share. `draining`: on the way down, so not ready, but what comes is still served.
-
-    `observers` hear of every request that has ended (traces, logs).
-    """
+    """What all protocols share. `observers` hear of every request that has ended (traces, logs)."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self.dispatcher = dispatcher
-        self.draining = False
         self.observers: list[Callable[[Finished], None]] = []
 
     async def infer(

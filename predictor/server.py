@@ -92,7 +92,7 @@ async def _run(settings: Settings) -> int:
     watching = loop.create_task(watch(intake, server.server_state.connections))
     stopping = loop.create_task(stop.wait())
     await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
-    front.draining = True
+    dispatcher.drain()
     intake.close_connections(server.server_state.connections)
     await _linger(stop, settings.linger_ms / 1000)
     log.info("stopping: no new connections, finishing what is in flight")

@@ -54,6 +54,9 @@ _GET: Mapping[str, Callable[..., object]] = {
 }
 """Path -> view(front, **path parameters)."""
 
+_INFERENCE = ("/v1/models/{name}:predict", "/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer")
+"""Answered before they come here (`predictor.protocols.http`); here they say which method they have."""
+
 _NOT_OFFERED = (
     "/v1/models/{name}:explain",
     "/v2/logging",
@@ -70,7 +73,8 @@ _NOT_OFFERED = (
 def application(front: Front) -> Starlette:
     """The HTTP routes, and the description of all of this server's at /openapi.json."""
     described = tensors.dump(_description(front))
-    routes = [Route(path, _get(front, view)) for path, view in _GET.items()]
+    routes = [Route(path, _not_offered, methods=["POST"]) for path in _INFERENCE]
+    routes += [Route(path, _get(front, view)) for path, view in _GET.items()]
     for path, action in _POST.items():
         routes.append(Route(path, _post(front, action), methods=["POST"]))
     routes += [Route(path, _not_offered, methods=["GET", "POST"]) for path in _NOT_OFFERED]

@@ -34,24 +34,24 @@ def server(_front: Front) -> View:
 
 def server_ready(front: Front) -> bool:
     """Whether the node agent is there, and this process is not on its way down."""
-    return front.dispatcher.client.connected and not front.draining
+    return front.dispatcher.client.connected and not front.dispatcher.draining
 
 
 def check_server_ready(front: Front) -> View:
     """The readiness of the server, or Unavailable."""
     if not server_ready(front):
-        raise Unavailable("the server is shutting down" if front.draining else "the server waits for its node agent")
+        raise Unavailable("the server is shutting down" if front.dispatcher.draining else "the server waits for its node agent")
     return {"ready": True}
 
 
 def model_ready(front: Front, name: str, version: str = "") -> bool:
     """Whether a request for this model would be run at once, and this process is not on its way down; NotFound."""
-    return not front.dispatcher.unready(find(front, name, version)) and not front.draining
+    return not front.dispatcher.unready(find(front, name, version)) and not front.dispatcher.draining
 
 
 def check_model_ready(front: Front, name: str, version: str = "") -> View:
     """The readiness of a model, or Unavailable with the reason; NotFound."""
-    why = front.dispatcher.unready(find(front, name, version)) or ("is served by a server that is shutting down" if front.draining else "")
+    why = front.dispatcher.unready(find(front, name, version)) or ("is served by a server that is shutting down" if front.dispatcher.draining else "")
     if why:
         raise Unavailable(f"{name} {why}")
     return {"name": name, "ready": True}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import grpc
 import httpx
+import psutil
 import pytest
 from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb
 from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
@@ -164,3 +165,21 @@ def test_who_never_finishes_does_not_hold_it_up(start: Callable[..., Front]) -> 
         sock.sendall(b"POST /v1/models/double:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         front.until(lambda: front.http.get("/").status_code == 200)
         assert front.stop() == 0, front.log
+
+
+def test_who_waits_for_a_model_does_not_hold_it_up(start: Callable[..., Front], agent: FakeAgent) -> None:
+    front = start("--linger-ms", "120000")
+    agent.tell(info("late", state="loading"))
+    front.until(lambda: front.http.get("/v2/models/late/ready").status_code == 503)
+    answers: list[httpx.Response] = []
+    load = f"{front.url}/v2/repository/models/late/load"
+    thread = threading.Thread(target=lambda: answers.append(httpx.post(load, headers={"Sluice-Timeout-Ms": "1000000"}, timeout=60)))
+    process = psutil.Process(front.process.pid)
+    before = process.num_fds()
+    thread.start()
+    front.until(lambda: process.num_fds() > before)
+    front.process.terminate()
+    thread.join()
+    assert (answers[0].status_code, "is loading" in answers[0].text) == (503, True)
+    front.process.terminate()
+    assert front.wait() == 0, front.log
