@@ -28,7 +28,7 @@ from sluice.ports import free_port
 from tests.faults.census import alive, command
 
 ROOT = Path(__file__).parents[2]
-WITHIN_S = 120.0
+WITHIN_S = 200.0
 
 
 def document(name: str, catalog: str, **notes: str) -> str:
