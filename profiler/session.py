@@ -254,7 +254,7 @@ def saturating(caller: Caller) -> Iterator[None]:
 
 @contextlib.contextmanager
 def started(options: NodeOptions) -> Iterator[Session]:
-    """A node agent for this sweep alone. It cannot outlive this process, and leaves no file behind."""
+    """A node agent for this sweep alone. However this process ends, the agent ends with it and takes the weights out of shared memory."""
     with (
         tempfile.TemporaryDirectory(prefix="sluice-profile-") as folder,
         tempfile.TemporaryDirectory(prefix="sluice-profile-", dir="/dev/shm") as store,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,9 +73,17 @@ def session() -> Iterator[Session]:
         yield found
 
 
-def test_a_killed_sweep_loses_nothing_leaves_no_process_and_goes_on(tmp_path: Path, session: Session) -> None:
+@pytest.fixture
+def folder() -> Iterator[str]:
+    """Short enough for a socket's path; what a killed sweep leaves in it goes with the test."""
+    with tempfile.TemporaryDirectory(prefix="sluice-", dir="/tmp") as found:
+        yield found
+
+
+def test_a_killed_sweep_loses_nothing_leaves_no_process_and_goes_on(tmp_path: Path, folder: str, session: Session) -> None:
     path, before = tmp_path / "t.parquet", stores()
-    process = subprocess.Popen([sys.executable, "-c", SWEEP, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, "TMPDIR": folder}
+    process = subprocess.Popen([sys.executable, "-c", SWEEP, str(path)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         while process.stdout.readline().strip() != "2":
