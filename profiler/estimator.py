@@ -6,11 +6,16 @@ Imports no torch and measures nothing. The law and its conditioning are in `prof
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import platform
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +24,7 @@ import numpy.typing as npt
 
 from contracts.errors import InvalidArtifact, InvalidValue
 from profiler.lattice import Array, Lattice, monotone, points
-from profiler.law import Belief, Posterior, Session, condition, untrained
+from profiler.law import Belief, Posterior, Session, condition, parts, untrained
 from profiler.population import learn
 from profiler.probes import best_probe
 
@@ -68,6 +73,10 @@ class Prediction:
     low_ms: Array
     high_ms: Array
 
+    def lines(self) -> tuple[Array, Array, Array]:
+        """Middle, lower and upper end."""
+        return self.mean_ms, self.low_ms, self.high_ms
+
 
 class ModelEstimate:
     """What is known about one model on one device, after its probes."""
@@ -77,10 +86,16 @@ class ModelEstimate:
         self._lattice = lattice
         self._posterior = posterior
         self._probed = probed
-        variance = np.diag(posterior.covariance).clip(0)
-        self.sd = np.sqrt(variance)
-        value, width = posterior.value, _Z90 * np.sqrt(caution**2 * variance + posterior.noise)
-        self._levels = np.stack([monotone(line.reshape(lattice.shape)) for line in (value, value - width, value + width)])
+        self._caution = caution
+        self.sd = np.sqrt(np.diag(posterior.covariance).clip(0))
+
+    @cached_property
+    def _levels(self) -> Array:
+        """Middle, lower and upper end on the lattice (3, *shape), as logarithms."""
+        width = _Z90 * np.sqrt((self._caution * self.sd) ** 2 + self._posterior.noise)
+        value = self._posterior.value
+        middle, low, high = (monotone(line.reshape(self._lattice.shape)) for line in (value, value - width, value + width))
+        return np.stack([middle, np.minimum(low, middle), np.maximum(high, middle)])
 
     def predict(self, batch: npt.ArrayLike, sm_percent: npt.ArrayLike, quota_percent: npt.ArrayLike) -> Prediction:
         """Latencies at the configurations (arrays of one length, scalars repeated); outside the measured range time grows as 1 / share."""
@@ -106,14 +121,17 @@ class Estimator:
 
     @classmethod
     def fit(cls, samples: Sequence[ModelSamples]) -> Estimator:
-        """Learns from whole models; InvalidValue when there is none, or one that is wrong."""
+        """Learns from measured models, whatever their grids; InvalidValue when there is none, or one that is wrong or empty."""
         if not samples:
             raise InvalidValue("there is nothing to learn from: no measured models")
+        for model in samples:
+            if not len(model.log_latency()):
+                raise InvalidValue(f"model {model.name!r} has no measurements on device {model.device!r}: leave it out, or measure it")
         beliefs = {}
         for device in sorted({model.device for model in samples}):
             measured = [(model.rows(), model.log_latency()) for model in samples if model.device == device]
             beliefs[device] = learn(Lattice.over([rows for rows, _ in measured]), measured)
-        return cls(beliefs, {"models": {device: sum(model.device == device for model in samples) for device in beliefs}})
+        return cls(beliefs, _summary(samples))
 
     def condition(self, probes: ModelSamples) -> ModelEstimate:
         """What the probes (maybe none) say about a model, known or not."""
@@ -144,10 +162,24 @@ class Estimator:
                     raise InvalidArtifact(f"must be {VERSION}: fit it again with this Sluice", key=f"{path}: version", value=header["version"])
                 beliefs = {device: _belief(file, index) for index, device in enumerate(header["devices"])}
                 return cls(beliefs, dict(header["summary"]))
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
             raise InvalidArtifact(f"{path} is no estimator, or a torn one ({error}): fit it again") from None
+
+
+def _summary(samples: Sequence[ModelSamples]) -> dict[str, Any]:
+    """What it was trained on: models and points by device, a digest of the measurements, and the versions that did it."""
+    devices: dict[str, dict[str, Any]] = {}
+    digest = hashlib.sha256()
+    for model in samples:
+        rows, log_latency = model.rows(), model.log_latency()
+        of_device = devices.setdefault(model.device, {"models": [], "points": 0})
+        of_device["models"].append(model.name)
+        of_device["points"] += len(rows)
+        digest.update(f"{model.device}\0{model.name}\0".encode() + rows.tobytes() + log_latency.tobytes())
+    versions = {"python": platform.python_version(), "numpy": version("numpy"), "sluice": version("sluice")}
+    return {"devices": devices, "dataset": digest.hexdigest(), "versions": versions}
 
 
 def _parts(belief: Belief) -> Iterable[tuple[str, Array]]:
@@ -160,9 +192,24 @@ def _parts(belief: Belief) -> Iterable[tuple[str, Array]]:
 
 def _belief(file: Any, index: int) -> Belief:
     def array(name: str) -> Array:
-        return np.asarray(file[f"{index}.{name}"], dtype=np.float64)
+        found = np.asarray(file[f"{index}.{name}"], dtype=np.float64)
+        if not np.isfinite(found).all():
+            raise ValueError(f"{name} holds values that are no numbers")
+        return found
+
+    def square(name: str, size: int) -> Array:
+        return _shaped(array(name), name, (size, size))
 
     lattice = Lattice(array("batch"), array("sm_percent"), array("quota_percent"))
     device_noise, host_noise, session_sd, caution = array("spreads").tolist()
-    session = Session(session_sd, array("session_batch"), array("session_sm"), array("session_quota"))
-    return Belief(lattice, array("mean"), array("covariance"), session, device_noise, host_noise, caution)
+    nb, ns, nq = lattice.shape
+    session = Session(session_sd, square("session_batch", nb), square("session_sm", ns), square("session_quota", nq))
+    unknowns = parts(lattice)[-1].stop
+    mean = _shaped(array("mean"), "mean", (unknowns,))
+    return Belief(lattice, mean, square("covariance", unknowns), session, device_noise, host_noise, caution)
+
+
+def _shaped(found: Array, name: str, shape: tuple[int, ...]) -> Array:
+    if found.shape != shape:
+        raise ValueError(f"{name} has the shape {found.shape}, not {shape}")
+    return found

@@ -206,6 +206,6 @@ def _tree(inputs: Array, log_latency: Array) -> Any:
 def _tree_rows(model: ModelSamples, probes: Array | None = None) -> Array:
     """Logarithms of the configuration, the graph's features and the probes' log latencies, padded where a model lacks some."""
     rows = np.log(model.rows())
-    known = np.zeros(0) if probes is None else np.pad(probes, (0, _CROSS - len(probes)), constant_values=np.nan)
+    known = np.zeros(0) if probes is None else np.pad(probes, (0, _CROSS - len(probes)), constant_values=0.0)
     features = np.zeros(0) if model.features is None else np.asarray(model.features, dtype=np.float64)
     return np.hstack([rows, np.tile(np.concatenate([features, known]), (len(rows), 1))])

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import isotonic_regression
 
 from contracts.errors import InvalidValue
 
 Array = npt.NDArray[np.float64]
 _MAX_LEVELS = (10, 24, 16)
 _DOMAIN = (np.array([1.0, 2, 4, 8, 16, 32]), np.array([2.0, 5, 10, 15, 20, 30, 40, 50, 60, 80, 100]), np.array([1.0, 5, 10, 20, 30, 40, 60, 80, 100]))
+_PROJECTIONS = 25
 _NAMES = ("batch", "sm_percent", "quota_percent")
 _LIMITS = (1e6, 100.0, 100.0)
 
@@ -97,13 +99,31 @@ class Lattice:
 
 
 def monotone(values: Array) -> Array:
-    """The values (batch, SM, quota) made non-increasing along SM and quota: half way between the least majorant and the greatest minorant.
+    """The nearest values (batch, SM, quota), in least squares, that are non-increasing along SM and quota.
 
-    Both bounds are non-increasing, so is their mean; where the values already are, nothing changes.
+    Dykstra's alternating projections on the two orders (each an isotonic regression); what the last round leaves is evened out exactly, half way
+    between the least majorant and the greatest minorant.
     """
-    above = np.maximum.accumulate(np.maximum.accumulate(values[:, ::-1, ::-1], axis=1), axis=2)[:, ::-1, ::-1]
-    below = np.minimum.accumulate(np.minimum.accumulate(values, axis=1), axis=2)
+    found = np.stack([_nearest(plane) for plane in values])
+    above = np.maximum.accumulate(np.maximum.accumulate(found[:, ::-1, ::-1], axis=1), axis=2)[:, ::-1, ::-1]
+    below = np.minimum.accumulate(np.minimum.accumulate(found, axis=1), axis=2)
     return np.asarray((above + below) / 2, dtype=np.float64)
+
+
+def _nearest(plane: Array) -> Array:
+    found, by_sm, by_quota = plane, np.zeros_like(plane), np.zeros_like(plane)
+    for _ in range(_PROJECTIONS):
+        if (np.diff(found, axis=0) <= 0).all() and (np.diff(found, axis=1) <= 0).all():
+            break
+        first = np.stack([_falling(line) for line in (found + by_sm).T], axis=1)
+        by_sm = found + by_sm - first
+        found = np.stack([_falling(line) for line in first + by_quota])
+        by_quota = first + by_quota - found
+    return found
+
+
+def _falling(line: Array) -> Array:
+    return np.asarray(isotonic_regression(line, increasing=False).x, dtype=np.float64)
 
 
 def _thinned(levels: Array, limit: int) -> Array:
