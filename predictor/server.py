@@ -61,7 +61,7 @@ class _Server(uvicorn.Server):
 
 def serve(settings: Settings) -> int:
     """Serves until SIGTERM or SIGINT; 0 after a clean drain."""
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # a warning for each bad request is for whoever sent it
     keep_freed_memory()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
