@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -199,7 +199,7 @@ def test_a_broken_tokenizer_is_named_when_the_model_is_loaded(content: bytes, tm
         load(ModelRef(ModelFormat.TORCH_EXPORT, str(path)))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(at=st.integers(0, len(tokenizer_json()) - 1), put=st.binary(max_size=4), cut=st.integers(0, 8))
 def test_whatever_a_tokenizer_file_holds_it_is_one_or_it_is_refused(at: int, put: bytes, cut: int, tmp_path: Path) -> None:
     content = tokenizer_json().encode()
