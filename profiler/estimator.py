@@ -36,7 +36,8 @@ _Z90 = 1.6449
 class ModelSamples:
     """Measurements of one model on one device: equal-length arrays of configurations and latencies in ms (none at all is allowed for prediction).
 
-    The latency may be any statistic (a mean, a p99), the same for all. `features` is the graph's vector, of one length throughout a population.
+    The latency may be any statistic (a mean, a p99), the same for all. `features` is the graph's vector, of one length throughout a population; only
+    the boosted tree of `profiler.evaluate` reads it so far: beside eight probes or more it told the estimator nothing.
     """
 
     name: str

@@ -20,6 +20,7 @@ from profiler.lattice import Array
 SEED = 20261122
 FOLDS = 5
 PROBES = (1, 2, 4, 8, 12, 16, 20, 24, 29)
+TREES = 400
 _LEFT_OUT = 0.1
 _MARGIN = 1e-9
 Case = Literal["unseen configurations", "unseen models"]
@@ -59,12 +60,14 @@ class _Tally:
         )
 
 
-def evaluate(samples: Sequence[ModelSamples], probes: Sequence[int] = PROBES, progress: Callable[[str], None] = lambda _: None) -> list[Score]:
+def evaluate(
+    samples: Sequence[ModelSamples], probes: Sequence[int] = PROBES, progress: Callable[[str], None] = lambda _: None, trees: int = TREES
+) -> list[Score]:
     """The whole table; takes minutes. InvalidValue when there are too few models for the folds. `progress` is told what was done."""
-    return [*unseen_configurations(samples, progress), *unseen_models(samples, probes, progress)]
+    return [*unseen_configurations(samples, progress, trees), *unseen_models(samples, probes, progress, trees)]
 
 
-def unseen_configurations(samples: Sequence[ModelSamples], progress: Callable[[str], None] = lambda _: None) -> list[Score]:
+def unseen_configurations(samples: Sequence[ModelSamples], progress: Callable[[str], None] = lambda _: None, trees: int = TREES) -> list[Score]:
     """A random tenth of every model's configurations is left out; all others are known."""
     random = np.random.default_rng(SEED)
     known, hidden = [], []
@@ -75,7 +78,7 @@ def unseen_configurations(samples: Sequence[ModelSamples], progress: Callable[[s
         hidden.append(_part(model, out))
     estimator = Estimator.fit(known)
     ours, tree = _Tally(non_monotone=0), _Tally()
-    fitted = _tree(np.concatenate([_tree_rows(model) for model in known]), np.concatenate([model.log_latency() for model in known]))
+    fitted = _tree(np.concatenate([_tree_rows(model) for model in known]), np.concatenate([model.log_latency() for model in known]), trees)
     for seen, unseen in zip(known, hidden, strict=True):
         _add(ours, estimator.condition(seen), unseen)
         tree.errors.append(_relative(np.exp(fitted.predict(_tree_rows(unseen))), unseen))
@@ -88,19 +91,18 @@ def unseen_models(
     samples: Sequence[ModelSamples],
     probes: Sequence[int] = PROBES,
     progress: Callable[[str], None] = lambda _: None,
-    folds: Sequence[int] | None = None,
+    trees: int = TREES,
 ) -> list[Score]:
     """Grouped folds by model. The estimator chooses its probes itself, one after another; formula and tree get 29 on a fixed cross of the grid."""
     ours = {count: _Tally(non_monotone=0) for count in probes}
     formula, tree = _Tally(), _Tally()
-    for number, (train, test) in enumerate(_folds(samples)):
-        if folds is not None and number not in folds:
-            continue
+    for train, test in _folds(samples):
         estimator = Estimator.fit(train)
         crosses = [_cross(model) for model in train]
         fitted = _tree(
             np.concatenate([_tree_rows(model, model.log_latency()[cross]) for model, cross in zip(train, crosses, strict=True)]),
             np.concatenate([model.log_latency() for model in train]),
+            trees,
         )
         for model in test:
             for count, estimate, rest in probe(estimator, model, probes):
@@ -197,8 +199,8 @@ def _formula(probes: ModelSamples, wanted: ModelSamples) -> Array:
     return np.asarray(np.maximum(device, host), dtype=np.float64)
 
 
-def _tree(inputs: Array, log_latency: Array) -> Any:
-    return HistGradientBoostingRegressor(max_iter=600, learning_rate=0.08, max_leaf_nodes=63, min_samples_leaf=5, random_state=SEED).fit(
+def _tree(inputs: Array, log_latency: Array, trees: int) -> Any:
+    return HistGradientBoostingRegressor(max_iter=trees, learning_rate=0.1, max_leaf_nodes=31, min_samples_leaf=5, random_state=SEED).fit(
         inputs, log_latency
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from scipy.optimize import isotonic_regression
 from contracts.errors import InvalidValue
 
 Array = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.intp]
 _MAX_LEVELS = (10, 24, 16)
 _DOMAIN = (np.array([1.0, 2, 4, 8, 16, 32]), np.array([2.0, 5, 10, 15, 20, 30, 40, 50, 60, 80, 100]), np.array([1.0, 5, 10, 20, 30, 40, 60, 80, 100]))
 _PROJECTIONS = 25
@@ -71,17 +73,20 @@ class Lattice:
         """All points (n, 3) in the lattice's order."""
         return np.stack([axis.ravel() for axis in np.meshgrid(*self.axes, indexing="ij")], axis=-1)
 
+    def corners(self, rows: Array, axis: int) -> tuple[Indices, Indices, Array]:
+        """The levels around the rows along one axis, and how far (0 to 1) each row lies from the lower to the upper; clamped at the ends."""
+        levels, at = np.log(self.axes[axis]), np.log(rows[:, axis])
+        upper = np.clip(np.searchsorted(levels, at), min(1, len(levels) - 1), len(levels) - 1)
+        lower = np.maximum(upper - 1, 0)
+        part = (at - levels[lower]) / np.where(upper > lower, levels[upper] - levels[lower], 1.0)
+        return lower, upper, np.clip(part, 0.0, 1.0)
+
     def weights(self, rows: Array, axis: int) -> Array:
         """Interpolation weights (n, levels) of the rows along one axis; clamped at its ends."""
-        levels = np.log(self.axes[axis])
-        if len(levels) == 1:
-            return np.ones((len(rows), 1))
-        at = np.log(rows[:, axis])
-        upper = np.clip(np.searchsorted(levels, at), 1, len(levels) - 1)
-        part = np.clip((at - levels[upper - 1]) / (levels[upper] - levels[upper - 1]), 0.0, 1.0)
-        found = np.zeros((len(rows), len(levels)))
+        lower, upper, part = self.corners(rows, axis)
+        found = np.zeros((len(rows), len(self.axes[axis])))
         index = np.arange(len(rows))
-        found[index, upper - 1] = 1 - part
+        found[index, lower] = 1 - part
         found[index, upper] += part
         return found
 
@@ -93,9 +98,14 @@ class Lattice:
 
     def read(self, values: Array, rows: Array) -> Array:
         """Values (k, *shape) at the rows: (k, n). Linear along each axis, so it keeps the order that the lattice has."""
-        batch, sm, quota = (self.weights(rows, axis) for axis in range(3))
-        along = np.einsum("kbsq,nq->kbsn", values, quota, optimize=True)
-        return np.asarray(np.einsum("kbsn,nb,ns->kn", along, batch, sm, optimize=True), dtype=np.float64)
+        found = np.zeros((len(values), len(rows)))
+        sides = []
+        for axis in range(3):
+            lower, upper, part = self.corners(rows, axis)
+            sides.append(((lower, 1 - part), (upper, part)))
+        for (batch, near), (sm, nearer), (quota, nearest) in product(*sides):
+            found += values[:, batch, sm, quota] * (near * nearer * nearest)
+        return found
 
 
 def monotone(values: Array) -> Array:
