@@ -50,7 +50,7 @@ LIGHT = {
     "contracts": ("torch,kserve,numpy", ["contracts.wire", "contracts.channel", "contracts.lane_page"]),
     "the agent": ("torch,kserve,transformers", ["nodeagent.__main__"]),
     "the command line": ("torch,kserve,transformers", ["sluice.cli"]),
-    "the predictor front": ("torch,transformers", ["predictor.__main__"]),
+    "the predictor front": ("torch,kserve,fastapi,transformers", ["predictor.__main__"]),
 }
 
 
