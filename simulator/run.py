@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -42,11 +42,17 @@ class Outcome:
 
 
 def simulate(policy: str, world: World, progress: Progress = lambda _: None, timeline: Timeline | None = None) -> Outcome:
-    """Plays a world under a policy; InvalidValue lists the policies that there are. Only Sluice's own draw a timeline."""
-    play = POLICIES.get(policy)
-    if play is None:
-        raise InvalidValue(f"must be one of {', '.join(POLICIES)}", key="policies", value=policy)
+    """Plays a world under a policy, as `check` knows it. Only Sluice's own draw a timeline."""
+    check((policy,))
+    play = POLICIES[policy]
     return play(world, progress) if timeline is None or play is not _sluice else _sluice(world, progress, timeline)
+
+
+def check(policies: Iterable[str]) -> None:
+    """InvalidValue names a policy that there is not, and lists those that there are."""
+    for policy in policies:
+        if policy not in POLICIES:
+            raise InvalidValue(f"must be one of {', '.join(POLICIES)}", key="policies", value=policy)
 
 
 def _sluice(world: World, progress: Progress, timeline: Timeline | None = None) -> Outcome:

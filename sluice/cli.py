@@ -12,7 +12,7 @@ import msgspec
 from contracts.errors import NotFound
 from contracts.functions import Share
 from contracts.wire import FunctionStatus, NodeStatus, SetShare
-from sluice import control, doctor, options, profile, status
+from sluice import control, doctor, options, profile, simulate, status
 from sluice.documents import read_functions
 from sluice.plan import Plan, default_device_memory, default_host_memory, default_run_dir
 from sluice.ports import free_port
@@ -37,6 +37,7 @@ def _devices(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ..
         "sluice share minilm --sm 60 --quota 25                    change a share while it serves",
         "sluice doctor                                             can this machine serve?",
         "sluice profile need minilm --slo-ms 200 --rate 20         the smallest share that keeps an objective",
+        "sluice simulate scenario.yaml -o out                      the same policies on a load that you describe",
     ),
 )
 @click.version_option(package_name="sluice")
@@ -45,6 +46,7 @@ def main() -> None:
 
 
 main.add_command(profile.command)
+main.add_command(simulate.command)
 
 
 @main.command(

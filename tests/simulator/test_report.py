@@ -8,7 +8,6 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from contracts.errors import InvalidArtifact
 from simulator.report import SHOWN
 from sluice.simulate import command
 from tests.simulator.test_scenario import SMALL, written
@@ -75,7 +74,10 @@ def test_json_for_machines(tmp_path: Path) -> None:
     assert set(json.loads(done.stdout)["policies"]) == {"sluice"}
 
 
-def test_a_wrong_scenario_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    done = CliRunner().invoke(command, [str(written({**SMALL, "span_s": -1}, tmp_path))])
-    assert isinstance(done.exception, InvalidArtifact)
-    assert "span_s" in str(done.exception)
+@pytest.mark.parametrize(("change", "policy", "named"), [({"span_s": -1}, "sluice", "span_s"), ({}, "magic", "magic")])
+def test_what_is_wrong_is_said_in_one_line_before_anything_runs(change: dict[str, object], policy: str, named: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(command, [str(written({**SMALL, **change}, tmp_path)), "--policy", policy, "-o", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert named in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
