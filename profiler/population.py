@@ -18,12 +18,13 @@ from profiler.probes import best_probe
 _ROUNDS = 8
 _FIRST_STEPS, _MORE_STEPS = 14, 6
 _DEGREES = 4.0
-_PRIOR_MODELS = 5.0
+_PRIOR_MODELS, _PRIOR_PART = 5.0, 0.4
+"""The prior counts as that many models, or as that part of those measured where it is more."""
 _SHAPE = 0.1
 """How much of the untrained covariance counts beside what was seen; its level stays as wide as it was."""
 _HOST_PART = 0.3
 _LARGEST_RESIDUAL = 0.6
-_SESSION_PART = 0.6
+_SESSION_PART = 0.7
 _PRIOR_PAIRS = 20.0
 _CALIBRATED_MODELS, _CALIBRATED_AT = 12, (8, 16)
 _COVERED, _Z90 = 0.9, 1.6449
@@ -96,7 +97,8 @@ def _moments(models: Sequence[_Model], start: Belief) -> tuple[Array, Array]:
     mean = (means.sum(axis=0) + start.mean * _SHAPE) / (len(means) + _SHAPE)
     apart = means - mean
     within = np.sum([model.covariance for model in models], axis=0)
-    covariance = (apart.T @ apart + within + _PRIOR_MODELS * _SHAPE * start.covariance) / (len(means) + _PRIOR_MODELS)
+    weight = max(_PRIOR_MODELS, _PRIOR_PART * len(means))
+    covariance = (apart.T @ apart + within + weight * _SHAPE * start.covariance) / (len(means) + weight)
     _, stretch, _ = parts(start.lattice)
     mean[stretch] = start.mean[stretch]
     covariance[stretch, :], covariance[:, stretch] = start.covariance[stretch, :], start.covariance[:, stretch]
