@@ -9,10 +9,14 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import grpc
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kserve.protocol.grpc.grpc_predict_v2_pb2 import ModelInferRequest
 
+from benchmarks.protocol_parts import rpc
 from tests.protocol.node import PATIENCE_S, Node, until
 from tests.protocol.outside.expected import IDENTITY, SEVERAL, TEXT
 
@@ -64,6 +68,12 @@ def _nothing_is_left_behind(served: Node) -> Iterator[None]:
     yield
     until(lambda: not held.more(), lambda: f"the node holds {held.more()} more")
     works(served)
+
+
+@pytest.fixture(scope="module")
+def channel(served: Node) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(served.rpc) as channel:
+        yield channel
 
 
 def works(served: Node) -> None:
@@ -175,3 +185,28 @@ def test_sizes_that_do_not_add_up_are_refused(served: Node, claimed: list[tuple[
 def test_header_lengths_that_lie_are_refused(served: Node, length: str) -> None:
     status, answer = ask(served, INFER.format(IDENTITY), b'{"inputs": []}', {LENGTH: length})
     assert status == 400, answer
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> bytes:
+    """A ModelInferRequest whose parts need not fit one another, some of them torn."""
+    request = ModelInferRequest(model_name=draw(models), id=draw(st.text(max_size=4)), model_version=draw(st.sampled_from(["", "", "1", "2"])))
+    for _ in range(draw(st.integers(0, 3))):
+        sizes = st.integers(-(2**63), 2**63 - 1) | st.sampled_from([0, 1, 2, 4, -1, 2**40])
+        tensor = request.inputs.add(
+            name=draw(st.sampled_from(["x", "left", "text"])), datatype=draw(datatypes), shape=draw(st.lists(sizes, max_size=3))
+        )
+        tensor.contents.fp32_contents.extend(draw(st.lists(st.floats(width=32), max_size=4)))
+        tensor.contents.bytes_contents.extend(draw(st.lists(st.binary(max_size=4), max_size=2)))
+    request.raw_input_contents.extend(draw(st.lists(st.binary(max_size=32), max_size=3)))
+    return torn(draw, request.SerializeToString())
+
+
+@FUZZ
+@given(message=calls())
+def test_messages_that_lie(channel: grpc.Channel, message: bytes) -> None:
+    call = channel.unary_unary(rpc.INFER).future(message, timeout=PATIENCE_S)
+    if call.code() in (grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND):
+        return
+    with pytest.raises(DecodeError):  # gRPC itself answers for what is no message
+        ModelInferRequest.FromString(message)
