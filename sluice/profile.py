@@ -158,6 +158,34 @@ def fit_command(tables: tuple[Path, ...], estimator: Path | None, folder: Path |
 
 
 @command.command(
+    "evaluate",
+    epilog=options.examples(
+        "sluice profile evaluate --data v100-latency              the whole table: minutes",
+        "sluice profile evaluate --data v100-latency --probes 16 --json",
+    ),
+)
+@click.option(
+    "--data",
+    "data",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the measurements that HAS-GPU's authors published: latency.csv.gz and graphs.jsonl.gz.",
+)
+@click.option(
+    "--probes", type=_Numbers(int), default="1,2,4,8,12,16,20,24,29", show_default=True, help="Measurements of an unseen model that are known."
+)
+@options.as_json
+@options.errors_in_one_line
+def evaluate_command(data: Path, probes: tuple[int, ...], as_json: bool) -> None:
+    """Say how well the estimator predicts what it has not seen, beside a formula and a boosted tree."""
+    from sluice import profiling
+
+    if min(probes) < 1:
+        raise InvalidValue("must be at least 1", key="--probes", value=min(probes))
+    profiling.evaluate(data, probes, as_json)
+
+
+@command.command(
     "show",
     epilog=options.examples(
         "sluice profile show minilm",

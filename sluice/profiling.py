@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from contracts.functions import Function
 from contracts.units import format_bytes
 from profiler import interference as interferences
 from profiler import need as needs
-from profiler import pairs, points, profiles
+from profiler import pairs, points, profiles, v100
 from profiler import show as shown
 from profiler import sweep as sweeps
 from profiler.dataset import population
@@ -87,6 +87,26 @@ def fit(tables: Sequence[Path], path: Path, as_json: bool) -> None:
         click.echo(f"{path}: learnt from {len(samples)} models on {', '.join(sorted({sample.device for sample in samples}))}")
 
 
+def evaluate(folder: Path, probes: Sequence[int], as_json: bool) -> None:
+    """How well unseen configurations and unseen models of the published data are predicted, as a table or JSON."""
+    from profiler import evaluate as evaluation  # scikit-learn takes a second, which the other commands should not wait for
+
+    samples = v100.read(folder)
+    with _progress() as progress:
+        task = progress.add_task("evaluating", total=2 * len(samples), told="")
+        scores = evaluation.evaluate(samples, probes, lambda told: progress.update(task, advance=1, told=told))
+    if as_json:
+        _write({"seed": evaluation.SEED, "scores": [asdict(score) for score in scores]})
+        return
+    table = _table("case", "method", "probes|", "mean error %|", "median error %|", "inside 90 % interval|", "not monotone|")
+    for score in scores:
+        inside = "" if score.coverage is None else f"{100 * score.coverage:.1f}"
+        wrong = "" if score.non_monotone is None else str(score.non_monotone)
+        probed = "" if score.probes is None else str(score.probes)
+        table.add_row(score.case, score.method, probed, f"{100 * score.mape:.2f}", f"{100 * score.median_ape:.2f}", inside, wrong)
+    console().print(table)
+
+
 def show(profile: Profile, objective: Objective | None, max_batch: int, output: Path | None, as_json: bool) -> None:
     """A profile as tables or JSON, and as plots in a folder."""
     found = None if objective is None else needs.need(profile.estimate, objective, max_batch, profile.tail)
@@ -117,7 +137,7 @@ def interference(functions: Sequence[Function], node: NodeOptions, batch: int, s
     """Measures pairs side by side, and learns from them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _progress() as progress:
-        task = progress.add_task("pairs", total=None)
+        task = progress.add_task("pairs", total=None, told="")
 
         def follow(pair: interferences.Pair, done: int, of: int) -> None:
             told = f"{pair.function} beside {pair.neighbour}: {pair.slowdown:.2f} times as long"

@@ -21,7 +21,7 @@ from sluice.cli import main
 
 ROOT = Path(__file__).parents[2]
 FACTS = DeviceFacts("cpu", "a processor", 1, 2500.0, 1e11, 2e10, 1e10, 1 << 30)
-COMMANDS = ("sweep", "fit", "show", "need", "interference", "features")
+COMMANDS = ("sweep", "fit", "evaluate", "show", "need", "interference", "features")
 
 
 def sluice(*arguments: object) -> Result:
@@ -225,6 +225,19 @@ class TestFit:
         assert found.exit_code == 1
         assert "other.npz" in found.stderr
         assert found.stderr.count("\n") == 1
+
+
+class TestEvaluate:
+    def test_data_that_is_not_there_is_named(self, tmp_path: Path) -> None:
+        found = sluice("evaluate", "--data", tmp_path)
+        assert found.exit_code == 1
+        assert "latency.csv.gz" in found.stderr
+        assert found.stderr.count("\n") == 1
+
+    def test_a_number_of_probes_that_is_none(self, tmp_path: Path) -> None:
+        found = sluice("evaluate", "--data", tmp_path, "--probes", "16,0")
+        assert found.exit_code == 1
+        assert "--probes" in found.stderr
 
 
 class TestFeatures:
