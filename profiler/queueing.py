@@ -86,28 +86,33 @@ def _batches(
     server: Server, arrivals: list[float], noise: list[float], window_ms: float, late_ms: float = math.inf, bound: int = 0
 ) -> tuple[list[float], list[int], float]:
     """(end, rows) of every batch and the time of the share that they took; cut short when more than `bound` batches were late."""
-    service, interval, longest = server.service_ms, server.interval_ms, len(server.service_ms)
+    service, interval, longest, total = server.service_ms, server.interval_ms, len(server.service_ms), len(arrivals)
     ends: list[float] = []
     sizes: list[int] = []
     due, used, last = -window_ms, 0.0, 0.0
     first = late = 0
-    while first < len(arrivals) and late <= bound:
+    while first < total and late <= bound:
         came = arrivals[first]
-        closes = came
-        if last > came:
-            closes = ends[bisect_right(ends, came)]
-        after = bisect_right(arrivals, closes, first, min(first + longest, len(arrivals)))
-        rows = after - first
-        leaves = arrivals[after - 1] if rows == longest else closes
-        if last <= leaves:
-            due = max(due, leaves - window_ms)
-        start = max(leaves, last, due)
+        rows, leaves = 1, came
+        if last > came and longest > 1:
+            returns = ends[bisect_right(ends, came)]
+            rows = bisect_right(arrivals, returns, first + 1, min(first + longest, total)) - first
+            leaves = returns if rows < longest else arrivals[first + rows - 1]
+        start = leaves
+        if last > leaves:
+            start = last
+        elif due < leaves - window_ms:
+            due = leaves - window_ms
+        if due > start:
+            start = due
         factor = noise[len(ends)]
+        cost = interval[rows - 1] * factor
         last = start + service[rows - 1] * factor
-        due += interval[rows - 1] * factor
-        used += interval[rows - 1] * factor
-        late += last - came > late_ms
+        due += cost
+        used += cost
+        if last - came > late_ms:
+            late += 1
         ends.append(last)
         sizes.append(rows)
-        first = after
+        first += rows
     return ends, sizes, used
