@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from profiler.device import DeviceFacts
 from profiler.estimator import Estimator
 from profiler.features import COLUMNS
+from profiler.points import COLUMNS as COLUMNS_OF_POINTS
 from profiler.points import Point, Table
 from sluice.cli import main
 
@@ -284,3 +285,11 @@ def test_a_sweep_measures_through_a_real_agent_and_lanes(tmp_path: Path) -> None
     assert [(one["function"], one["reason"], one["measured"]) for one in told["outcomes"]] == [("default/mlp-a", "grid", 2)]
     shown = json.loads(sluice("show", "mlp-a", "--profiles", tmp_path, "--json").output)
     assert sorted(one["quota_percent"] for one in shown["measured"]) == [50, 100]
+
+
+def test_the_guide_describes_every_column_and_every_command() -> None:
+    guide = (ROOT / "docs/profiling.md").read_text()
+    for name, (kind, meaning) in COLUMNS_OF_POINTS.items():
+        assert f"| `{name}` | {kind} | {meaning} |" in guide
+    for command in COMMANDS:
+        assert f"| `{command}` |" in guide
