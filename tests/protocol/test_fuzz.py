@@ -40,9 +40,10 @@ class Held:
     def more(self) -> str:
         """What there is more than before, in words."""
         pids, open_, rss = self._now()
+        new = [self._served.processes().get(pid) for pid in pids - self._pids]  # the loader ends by itself when it is idle
         grown = f"{rss - self._rss} bytes of memory" if rss - self._rss > GROWTH_BYTES else ""
         found = (
-            f"processes {pids ^ self._pids}" if pids != self._pids else "",
+            f"processes {new}" if new else "",
             f"{open_ - self._open} descriptors" if open_ > self._open else "",
             grown,
         )
