@@ -20,7 +20,7 @@ from profiler.lattice import Array
 SEED = 20261122
 FOLDS = 5
 PROBES = (1, 2, 4, 8, 12, 16, 20, 24, 29)
-TREES = 400
+TREES = 600
 _LEFT_OUT = 0.1
 _MARGIN = 1e-9
 Case = Literal["unseen configurations", "unseen models"]
@@ -78,10 +78,10 @@ def unseen_configurations(samples: Sequence[ModelSamples], progress: Callable[[s
         hidden.append(_part(model, out))
     estimator = Estimator.fit(known)
     ours, tree = _Tally(non_monotone=0), _Tally()
-    fitted = _tree(np.concatenate([_tree_rows(model) for model in known]), np.concatenate([model.log_latency() for model in known]), trees)
+    fitted = _tree([(_tree_rows(model), model.log_latency() - _level(model)) for model in known], trees)
     for seen, unseen in zip(known, hidden, strict=True):
         _add(ours, estimator.condition(seen), unseen)
-        tree.errors.append(_relative(np.exp(fitted.predict(_tree_rows(unseen))), unseen))
+        tree.errors.append(_relative(np.exp(fitted.predict(_tree_rows(unseen)) + _level(seen)), unseen))
         progress(f"unseen configurations of {seen.name}")
     case: Case = "unseen configurations"
     return [ours.score(case, "estimator", None), tree.score(case, "boosted tree", None)]
@@ -98,20 +98,16 @@ def unseen_models(
     formula, tree = _Tally(), _Tally()
     for train, test in _folds(samples):
         estimator = Estimator.fit(train)
-        crosses = [_cross(model) for model in train]
-        fitted = _tree(
-            np.concatenate([_tree_rows(model, model.log_latency()[cross]) for model, cross in zip(train, crosses, strict=True)]),
-            np.concatenate([model.log_latency() for model in train]),
-            trees,
-        )
+        crosses = [_part(model, _cross(model)) for model in train]
+        fitted = _tree([(_tree_rows(model, cross), model.log_latency() - _level(cross)) for model, cross in zip(train, crosses, strict=True)], trees)
         for model in test:
             for count, estimate, rest in probe(estimator, model, probes):
                 _add(ours[count], estimate, rest)
             cross = _cross(model)
             rest_of_cross = np.setdiff1d(np.arange(len(model.rows())), cross)
-            unseen = _part(model, rest_of_cross)
-            formula.errors.append(_relative(np.exp(_formula(_part(model, cross), unseen)), unseen))
-            tree.errors.append(_relative(np.exp(fitted.predict(_tree_rows(unseen, model.log_latency()[cross]))), unseen))
+            unseen, seen = _part(model, rest_of_cross), _part(model, cross)
+            formula.errors.append(_relative(np.exp(_formula(seen, unseen)), unseen))
+            tree.errors.append(_relative(np.exp(fitted.predict(_tree_rows(unseen, seen)) + _level(seen)), unseen))
             progress(f"unseen model {model.name}")
     case: Case = "unseen models"
     lines = [tally.score(case, "estimator", count) for count, tally in ours.items()]
@@ -199,15 +195,21 @@ def _formula(probes: ModelSamples, wanted: ModelSamples) -> Array:
     return np.asarray(np.maximum(device, host), dtype=np.float64)
 
 
-def _tree(inputs: Array, log_latency: Array, trees: int) -> Any:
-    return HistGradientBoostingRegressor(max_iter=trees, learning_rate=0.1, max_leaf_nodes=31, min_samples_leaf=5, random_state=SEED).fit(
-        inputs, log_latency
-    )
+def _tree(models: Sequence[tuple[Array, Array]], trees: int) -> Any:
+    """Fitted to each model's inputs and its logarithms of latencies about their level."""
+    inputs, about_level = (np.concatenate(each) for each in zip(*models, strict=True))
+    tree = HistGradientBoostingRegressor(max_iter=trees, learning_rate=0.2, max_leaf_nodes=63, min_samples_leaf=5, random_state=SEED)
+    return tree.fit(inputs, about_level)
 
 
-def _tree_rows(model: ModelSamples, probes: Array | None = None) -> Array:
-    """Logarithms of the configuration, the graph's features and the probes' log latencies, padded where a model lacks some."""
+def _level(seen: ModelSamples) -> float:
+    """The mean log latency of what is known of a model: the tree is told it, since it cannot add to what it has seen."""
+    return float(seen.log_latency().mean())
+
+
+def _tree_rows(model: ModelSamples, probes: ModelSamples | None = None) -> Array:
+    """Logarithms of the configuration, the graph's features and the probes' log latencies about their level, padded where a model lacks some."""
     rows = np.log(model.rows())
-    known = np.zeros(0) if probes is None else np.pad(probes, (0, _CROSS - len(probes)), constant_values=0.0)
+    known = np.zeros(0) if probes is None else np.pad(probes.log_latency() - _level(probes), (0, _CROSS - len(probes.rows())))
     features = np.zeros(0) if model.features is None else np.asarray(model.features, dtype=np.float64)
     return np.hstack([rows, np.tile(np.concatenate([features, known]), (len(rows), 1))])
