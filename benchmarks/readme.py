@@ -53,6 +53,7 @@ _ROWS: Mapping[str, Mapping[str, str]] = {
     },
     "estimator": {
         "unseen_configurations_estimator_mape_percent": "V100, unseen configurations (10 %): mean absolute error",
+        "unseen_configurations_boosted_tree_mape_percent": "the same with a boosted tree, which may say that more is slower",
         "unseen_models_estimator_16_mape_percent": "V100, unseen models, 16 probes",
         "unseen_models_estimator_29_mape_percent": "V100, unseen models, 29 probes",
         "unseen_models_formula_29_mape_percent": "the same with the formula without learning, 29 probes",
