@@ -31,7 +31,7 @@ class RunTimes(Protocol):
         """GPU time of one warm batch alone on a lane of so many SMs."""
 
 
-class Hardware(msgspec.Struct, frozen=True):
+class Hardware(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a node's parts take beside running. `segment_ns`: a best-effort batch reaches its next gate within this time.
 
     `tail`: the part of a run that follows the arrival of the last weights, since layers run while later ones are copied. `neighbour_slowdown`: how

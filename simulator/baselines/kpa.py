@@ -15,7 +15,7 @@ TICK_S = 2
 """Seconds between two decisions."""
 
 
-class Spec(msgspec.Struct, frozen=True):
+class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the KPA is configured with; the defaults are Knative's. `target` and `total` are concurrent requests a pod: aimed at, and held at most."""
 
     target: float = 70.0

@@ -58,6 +58,8 @@ def test_the_scenarios_of_the_benchmarks_are_right(path: Path) -> None:
     ("document", "named"),
     [
         (changed(spam=1), "spam"),
+        (changed(hardware={"spam": 1}), "spam"),
+        (changed(kpa={"spam": 1}), "spam"),
         (changed(span_s=0), r"span_s"),
         (changed(functions=[]), "functions"),
         (changed(policies=[]), "policies"),
