@@ -15,6 +15,9 @@ from collections import deque
 from collections.abc import Container, Hashable, Mapping
 from dataclasses import dataclass
 
+QUEUED_BATCHES = 64
+"""How many full batches a function may have outstanding in one predictor."""
+
 
 @dataclass(frozen=True, slots=True)
 class Waiting:

@@ -20,14 +20,13 @@ from contracts.units import MS, S
 from contracts.wire import Answer, FunctionInfo
 from predictor.admission import Estimates
 from predictor.agent_client import AgentClient, Batch
-from predictor.batching import Batcher, Waiting, joint
+from predictor.batching import QUEUED_BATCHES, Batcher, Waiting, joint
 from predictor.metrics import FunctionMetrics, Metrics
 from predictor.segment import Array, Placement
 from predictor.tensors import NUMPY
 from predictor.text import Tokenizers
 
 _RETRY_MS = 1000
-_QUEUED_BATCHES = 64
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -80,7 +79,7 @@ class Served:
     def __init__(self, info: FunctionInfo, metrics: Metrics) -> None:
         self.info = info
         self.key = info.function.key
-        self.batcher = Batcher(info.function.max_batch, _QUEUED_BATCHES * info.function.max_batch)
+        self.batcher = Batcher(info.function.max_batch, QUEUED_BATCHES * info.function.max_batch)
         self.estimates = Estimates()
         self.tickets: dict[int, Ticket] = {}
         self.metrics = FunctionMetrics(metrics, self.key, lambda: len(self.tickets))
@@ -105,7 +104,7 @@ class Served:
         self.tell()
         alone = info.signature is not None and not info.signature.batchable
         self.batcher.max_batch = 1 if alone else info.function.max_batch
-        self.batcher.max_rows = _QUEUED_BATCHES * info.function.max_batch
+        self.batcher.max_rows = QUEUED_BATCHES * info.function.max_batch
 
 
 class Dispatcher:

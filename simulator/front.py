@@ -12,12 +12,10 @@ from contracts.functions import Function
 from contracts.units import MS
 from nodeagent import events as ev
 from predictor.admission import Estimates
-from predictor.batching import Batcher, Waiting
+from predictor.batching import QUEUED_BATCHES, Batcher, Waiting
 from simulator.engine import Engine
 from simulator.node import SimulatedNode
 from simulator.record import Record
-
-_QUEUED_BATCHES = 64
 
 
 class _Served:
@@ -27,7 +25,7 @@ class _Served:
         self.function = function
         self.node = node
         self.record = Record(function.slo.latency_ns)
-        self.batcher = Batcher(function.max_batch, _QUEUED_BATCHES * function.max_batch)
+        self.batcher = Batcher(function.max_batch, QUEUED_BATCHES * function.max_batch)
         self.estimates = Estimates()
         self.wake_ns: int | None = None
 
