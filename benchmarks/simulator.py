@@ -1,0 +1,16 @@
+"""The simulator: its speed and memory. `simulator_parts` measures, each part with targets of its own."""
+
+from __future__ import annotations
+
+from benchmarks.result import Metric, Result
+from benchmarks.simulator_parts import speed
+
+_PARTS = (speed,)
+
+
+def run(quick: bool) -> Result:
+    """Measures all parts, one after another."""
+    metrics: dict[str, Metric] = {}
+    for part in _PARTS:
+        metrics |= part.measure(quick)
+    return Result(metrics, seeds=tuple(dict.fromkeys(part.SEED for part in _PARTS)))
