@@ -16,14 +16,14 @@ _FUNCTIONS, _NODES = 1000, 6
 _REQUESTS, _QUICK_REQUESTS = 200_000, 20_000
 
 
-def world(functions: int, nodes: int, requests: int, *, per_minute: tuple[float, float] = (5, 30)) -> World:
+def world(functions: int, nodes: int, requests: int, *, per_minute: tuple[float, float] = (5, 30), memory: str = "32Gi") -> World:
     """`functions` on `nodes` of four devices with about so many requests in all; `per_minute`: of one function, from and to."""
     text = functions // 4
     load = Load(per_minute=list(per_minute))
     scenario = Scenario(
         name="speed",
         span_s=requests / (functions * sum(per_minute) / 2 / 60),
-        devices=Devices(count=4, nodes=nodes, memory="4Gi", link_gb_per_s=12.0, per_link=2),
+        devices=Devices(count=4, nodes=nodes, memory=memory, link_gb_per_s=12.0, per_link=2),
         functions=[
             Group("vision", load, Times(fixed_ms=6, row_ms=4), "98Mi", count=functions - text, slo_ms=80),
             Group("text", load, Times(fixed_ms=8, row_ms=10), "418Mi", count=text, slo_ms=200),
