@@ -8,6 +8,8 @@ Who talks to whom:
     agent -> predictor   Tokenizer (+ its file), Welcome, FunctionChanged, FunctionGone, Answer, Failed
     control   -> agent   Declare, Remove, SetShare, Grant, GetStatus,     on `control.sock`, one Reply each, matched by `id`;
                          Watch                                            then FunctionChanged too
+    agent -> slab holder Hold
+    slab holder -> agent SlabReady                                        CUDA devices only; the CPU device's slab is a memfd of the agent
     agent -> fork server Spawn (+ the lane's two sockets, the slab, the lane page)
     agent -> lane        run channel: MapSegment (+ fd), UnmapSegment, Run, Resume;   copy channel: Attach (+ weights), Detach, Copy, CopyGrant
     lane -> agent        run channel: LaneReady, BatchDone, BatchPaused;              copy channel: Attached, CopyProgress
@@ -250,10 +252,43 @@ class Reply(Message, frozen=True):
     status: NodeStatus | None = None
 
 
+class Hold(Message, frozen=True):
+    """Allocate the slab of a CUDA device, the only one that the holder's environment shows, and keep it until the channel ends.
+
+    `nbytes` 0 means all that is free but `reserve_bytes`, which lanes need for contexts and activations. `cpus` (empty: any) are near the device.
+    """
+
+    device: str
+    nbytes: int
+    reserve_bytes: int
+    cpus: tuple[int, ...] = ()
+
+
+class SlabReady(Message, frozen=True):
+    """The slab of a CUDA device is there. The holder looks at its context once a second, and ends when that is broken: the slab is then lost.
+
+    `handle` opens the slab in a lane (Spawn.slab_handle). What the holder measured: `h2d_bytes_per_s` of pinned copies, `piece_bytes` (the smallest
+    group that copies at that speed), and `whole_ns`, which the occupancy kernel takes on all `sms`.
+    """
+
+    device: str
+    name: str
+    sms: int
+    handle: bytes
+    nbytes: int
+    h2d_bytes_per_s: int
+    piece_bytes: int
+    whole_ns: int
+
+
 class Spawn(Message, frozen=True):
-    """Fork a lane. Descriptors: run channel, copy channel, slab, lane page.
+    """Fork a lane. Descriptors: run channel, copy channel, slab (CUDA: /dev/null), lane page.
 
     `link_bytes_per_s` 0 means as fast as it goes; `activation_bytes` bounds what a batch may allocate beside the weights (0: no bound).
+    `backend` is what holds the lane to its SMs: "pace" (the CPU device), "mps" and "partitions" (the driver, told by `environment`), "green" (a green
+    context that the lane makes), "quota" (nothing: the lane has the whole device). The lane puts `environment` into its own before CUDA starts, and
+    then sees one device, its own. On CUDA it has to have `lane_sms` of the device's `sms`; a green context takes them from the `first_sm`-th on,
+    where the driver lets it choose. `piece_bytes` and `whole_ns` are the holder's; `cpus` (empty: any) are near the device.
     """
 
     FDS: ClassVar[int] = 4
@@ -265,14 +300,28 @@ class Spawn(Message, frozen=True):
     threads: int
     link_bytes_per_s: int
     activation_bytes: int
+    backend: str = "pace"
+    environment: dict[str, str] = {}
+    slab_handle: bytes = b""
+    sms: int = 0
+    lane_sms: int = 0
+    first_sm: int = 0
+    piece_bytes: int = 0
+    whole_ns: int = 0
+    cpus: tuple[int, ...] = ()
 
 
 class LaneReady(Message, frozen=True):
-    """The lane serves; `sm_percent` is the cap it proved."""
+    """The lane serves; `sm_percent` is the cap it proved.
+
+    On CUDA `sms` is what it read back from its own context, and `measured_sm_percent` what the occupancy kernel found: 100 * whole_ns / its time.
+    """
 
     lane: int
     pid: int
     sm_percent: int
+    sms: int = 0
+    measured_sm_percent: float = 0.0
 
 
 class MapSegment(Message, frozen=True):

@@ -31,6 +31,7 @@ FUNCTION = Function("embed", ModelRef(ModelFormat.CATALOG, "minilm"))
 PART = Part(2, (TensorRef("x", "FP32", (2, 3), 0, 24),), (TensorRef("y", "FP32", (2,), 64, 8),))
 SUBMIT = Submit(7, "default/embed", (PART, PART), 10**12, 2 * 10**12)
 UNIONS = (wire.ToAgent, wire.ToPredictor, wire.Control, wire.ToLaneRun, wire.ToLaneCopy, wire.FromLaneRun, wire.FromLaneCopy)
+ONE_OF_A_KIND = ["Hold", "Reply", "SlabReady", "Spawn"]
 KINDS = Message.__subclasses__()
 
 EXAMPLES = {
@@ -41,7 +42,10 @@ EXAMPLES = {
     tuple[wire.FunctionInfo, ...]: (wire.FunctionInfo(FUNCTION, "loading"),),
     tuple[str, ...]: ("default/a", "default/b"),
     wire.FunctionClass: wire.FunctionClass.BEST_EFFORT,
+    tuple[int, ...]: (0, 5),
+    dict[str, str]: {"CUDA_VISIBLE_DEVICES": "GPU-1"},
     int: 5,
+    float: 49.5,
     str: "text",
     bytes: b"\x00\xff",
     bool: True,
@@ -69,7 +73,7 @@ def test_every_message_travels(kind):
 
 def test_every_message_but_those_with_one_sender_and_one_kind_belongs_to_one_direction():
     listed = [kind for union in UNIONS for kind in typing.get_args(union)]
-    assert sorted(kind.__name__ for kind in KINDS if kind not in listed) == ["Reply", "Spawn"]
+    assert sorted(kind.__name__ for kind in KINDS if kind not in listed) == ONE_OF_A_KIND
     assert len(listed) == len(set(listed))
 
 
