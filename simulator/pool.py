@@ -12,13 +12,20 @@ from typing import Protocol
 
 import msgspec
 
+from contracts.functions import MAX_NS
 from contracts.units import S
 from simulator.engine import Engine
 from simulator.record import Record
 
+TIMED_OUT = "the deadline passed"
+"""Why a request got no answer."""
+
 
 class Model(msgspec.Struct, frozen=True):
-    """What one request costs: GPU time, weights, and a framework's time to load them. `percentile` of the requests should take `objective_ns`."""
+    """What one request costs: GPU time, weights, and a framework's time to load them. `percentile` of the requests should take `objective_ns`.
+
+    A request that has waited for `timeout_ns` is given up. `max_batch` counts where requests are run together.
+    """
 
     key: str
     run_ns: int
@@ -26,6 +33,8 @@ class Model(msgspec.Struct, frozen=True):
     load_ns: int
     objective_ns: int
     percentile: float = 98.0
+    timeout_ns: int = MAX_NS
+    max_batch: int = 1
 
 
 class Swapping(msgspec.Struct, frozen=True):
@@ -89,7 +98,10 @@ class LeastRecentlyUsed:
 
 
 class Pool:
-    """All devices and the queue before them. `models` by the number that arrivals use; without `swapping` frameworks load them."""
+    """All devices and the queue before them. `models` by the number that arrivals use; without `swapping` frameworks load them.
+
+    `last_ns` is when the last answer was given.
+    """
 
     def __init__(
         self, engine: Engine, models: Sequence[Model], devices: int, capacity_bytes: int, scheduler: Scheduler, swapping: Swapping | None = None
@@ -99,6 +111,7 @@ class Pool:
         self.devices = [PoolDevice(number, capacity_bytes) for number in range(devices)]
         self.queue: deque[Request] = deque()
         self.records = [Record(model.objective_ns) for model in models]
+        self.last_ns = engine.now_ns
         self._engine = engine
         self._scheduler = scheduler
         self._link_free_ns = [0] * devices
@@ -127,15 +140,35 @@ class Pool:
         self._dispatch()
 
     def _dispatch(self) -> None:
-        for request, device in self._scheduler.dispatch(self):
-            model = self.models[request.model]
-            held = request.model in device.models or any(other.model == request.model for other in device.queue)
-            device.done_ns = max(device.done_ns, self.now_ns) + model.run_ns + (0 if held else self.expected_load_ns(model))
-            device.queue.append(request)
-            self._start(device)
+        """As long as there is something to give: a device whose requests have all been given up is idle again."""
+        while self.queue:
+            if self._late(self.queue[0]):
+                self._give_up(self.queue.popleft())
+                continue
+            given = self._scheduler.dispatch(self)
+            if not given:
+                return
+            for request, device in given:
+                model = self.models[request.model]
+                held = request.model in device.models or any(other.model == request.model for other in device.queue)
+                device.done_ns = max(device.done_ns, self.now_ns) + model.run_ns + (0 if held else self.expected_load_ns(model))
+                device.queue.append(request)
+                self._start(device)
+
+    def _late(self, request: Request) -> bool:
+        return self.now_ns - request.arrived_ns > self.models[request.model].timeout_ns
+
+    def _give_up(self, request: Request) -> None:
+        self.records[request.model].reject(TIMED_OUT)
 
     def _start(self, device: PoolDevice) -> None:
-        if device.busy or not device.queue:
+        if device.busy:
+            return
+        while device.queue and self._late(device.queue[0]):
+            request = device.queue.popleft()
+            device.done_ns -= self.models[request.model].run_ns
+            self._give_up(request)
+        if not device.queue:
             return
         request = device.queue.popleft()
         model, cold = self.models[request.model], request.model not in device.models
@@ -178,6 +211,7 @@ class Pool:
         run_ns = self.models[request.model].run_ns
         device.busy_ns += load_ns + run_ns
         device.busy = False
+        self.last_ns = self.now_ns
         record = self.records[request.model]
         record.answer(self.now_ns - request.arrived_ns, started_ns - request.arrived_ns, load_ns, run_ns, cold=cold)
         self._start(device)

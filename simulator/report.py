@@ -30,7 +30,9 @@ SHOWN: Mapping[str, tuple[str, str]] = {
     "gpus": ("GPUs used", "{:.0f}"),
     "utilisation_percent": ("GPU time busy %", "{:.1f}"),
     "gpu_seconds_reserved": ("GPU seconds reserved", "{:,.0f}"),
+    "gpu_seconds_whole": ("of whole GPUs", "{:,.0f}"),
     "dollars": ("dollars", "{:,.2f}"),
+    "dollars_whole": ("for whole GPUs", "{:,.2f}"),
 }
 """Figure -> (its words, format): what people are shown of them all."""
 
@@ -51,9 +53,11 @@ def figures(world: World, outcome: Outcome) -> dict[str, float]:
         "gpu_seconds_reserved": outcome.reserved_s,
         "gpu_seconds_busy": outcome.busy_s,
         "utilisation_percent": _percent(outcome.busy_s, outcome.reserved_s),
-        "dollars": outcome.reserved_s / 3600 * world.scenario.devices.dollars_per_hour,
+        "gpu_seconds_whole": outcome.reserved_s,
         **outcome.facts,
     }
+    dollars_per_s = world.scenario.devices.dollars_per_hour / 3600
+    found |= {"dollars": found["gpu_seconds_reserved"] * dollars_per_s, "dollars_whole": found["gpu_seconds_whole"] * dollars_per_s}
     for part, histogram in together(records.values()).items():
         found[f"{part}_mean_ms"] = histogram.mean_ms
         found |= {f"{part}_p{percent}_ms": histogram.percentile_ms(percent) for percent in _PERCENTILES}

@@ -9,21 +9,24 @@ from dataclasses import dataclass, field
 import msgspec
 
 from contracts.errors import InvalidValue
-from contracts.units import MS, S
+from contracts.units import S
 from nodeagent.events import FunctionDeclared, FunctionSpec
 from nodeagent.settings import DeviceSpec
 from simulator.arrivals import Arrivals
+from simulator.baselines.fastgshare import FastGShare
+from simulator.baselines.hasgpu import HasGpu
 from simulator.baselines.keepalive import KeepAlive
 from simulator.baselines.knative import Knative
 from simulator.baselines.lalb import SKIP_LIMIT, Lalb, LoadBalancing
 from simulator.baselines.torpor import Torpor
 from simulator.engine import Engine
 from simulator.front import Fronts
-from simulator.latency import RunTimes
+from simulator.latency import Draws, RunTimes
 from simulator.node import SimulatedNode
 from simulator.pool import Model, Pool, Scheduler, Swapping
 from simulator.record import Record
 from simulator.scenario import World
+from simulator.shared_gpu import Scaler, SharedGpus
 from simulator.timeline import Timeline
 
 Progress = Callable[[int], None]
@@ -31,7 +34,10 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a policy did with a world. `reserved_s`: GPU seconds that somebody held, idle or not; `busy_s`: those in which work was done."""
+    """What a policy did with a world. `reserved_s`: GPU seconds that somebody held until the last answer, idle or not; `busy_s`: those with work.
+
+    A part of a GPU's SMs counts as that part of a GPU.
+    """
 
     records: Mapping[str, Record]
     reserved_s: float
@@ -63,9 +69,10 @@ def _sluice(world: World, progress: Progress, timeline: Timeline | None = None) 
         DeviceSpec(f"gpu:{n}", world.device_bytes, int(devices.link_gb_per_s * 1e9), f"link:{n // devices.per_link}") for n in range(devices.count)
     ]
     times = RunTimes(world.latencies)
-    nodes = [SimulatedNode(engine, specs, times, scenario.hardware, timeline=timeline) for _ in range(devices.nodes)]
+    drawn = Draws(world.latencies, world.seed)
+    nodes = [SimulatedNode(engine, specs, drawn, scenario.hardware, timeline=timeline, beside=world.neighbours) for _ in range(devices.nodes)]
     where = [nodes[number % len(nodes)] for number in range(len(world.functions))]
-    fronts = Fronts(engine, world.functions, where, int(scenario.around_ms * MS))
+    fronts = Fronts(engine, world.functions, where, world.around_ns)
     for function, weight_bytes, node in zip(world.functions, world.weight_bytes, where, strict=True):
         run_ns = times.run_ns(function.key, 1, 100)
         node.handle(FunctionDeclared(FunctionSpec(function.key, function.cls, function.share, function.slo, weight_bytes, run_ns)))
@@ -73,10 +80,11 @@ def _sluice(world: World, progress: Progress, timeline: Timeline | None = None) 
     engine.at(_START_NS + int(scenario.warm_up_s * S), fronts.forget)
     engine.run(_later(world.arrivals), fronts.arrive, progress)
     all_devices = [device for node in nodes for device in node.state.devices.values()]
+    accounts = [function.account for node in nodes for function in node.state.functions.values()]
     return Outcome(
         fronts.records,
-        reserved_s=world.arrivals.span_ns / S * devices.total,
-        busy_s=sum(device.busy_ns for device in all_devices) / S,
+        reserved_s=_held_s(world, max(lane.since_ns for node in nodes for lane in node.state.lanes.values())),
+        busy_s=sum(account.charged_ns * account.share.sm_percent for account in accounts) / 100 / S,
         loads=sum(device.swaps for device in all_devices),
         gpus=devices.total,
         facts={"swapped_gb": sum(device.swapped_bytes for device in all_devices) / 1e9},
@@ -95,10 +103,40 @@ def _whole_gpus(scheduler: Callable[[], Scheduler], *, swapping: bool = False) -
         engine.run(_later(world.arrivals), pool.arrive, progress)
         return Outcome(
             {function.key: record for function, record in zip(world.functions, pool.records, strict=True)},
-            reserved_s=world.arrivals.span_ns / S * scenario.devices.total,
+            reserved_s=_held_s(world, pool.last_ns),
             busy_s=sum(device.busy_ns for device in pool.devices) / S,
             loads=sum(device.loads for device in pool.devices),
             gpus=scenario.devices.total,
+        )
+
+    return play
+
+
+def _held_s(world: World, last_ns: int) -> float:
+    """GPU seconds of all devices, from the beginning of the load until its end or the last answer."""
+    return max(world.arrivals.span_ns, last_ns - _START_NS) / S * world.scenario.devices.total
+
+
+def _rectangles(scaler: Callable[[int], Scaler], *, sharing: bool) -> Callable[[World, Progress], Outcome]:
+    """Pods with a part of a GPU each. What is paid for is the area of the pods; that whole GPUs are in use for it is said beside it."""
+
+    def play(world: World, progress: Progress) -> Outcome:
+        scenario, engine = world.scenario, Engine()
+        engine.settle(_START_NS)
+        memory = [world.device_bytes] * scenario.devices.total
+        times, pod_start_ns = RunTimes(world.latencies), world.cluster.pod_start_ns
+        gpus = SharedGpus(engine, _models(world), times, memory, scaler(len(memory)), pod_start_ns=pod_start_ns, sharing=sharing)
+        gpus.start()
+        engine.at(_START_NS + int(scenario.warm_up_s * S), gpus.forget)
+        engine.at(_START_NS + world.arrivals.span_ns, gpus.stop)
+        engine.run(_later(world.arrivals), gpus.arrive, progress)
+        return Outcome(
+            {function.key: record for function, record in zip(world.functions, gpus.records, strict=True)},
+            reserved_s=gpus.area_ns / S,
+            busy_s=gpus.busy_ns / S,
+            loads=gpus.starts,
+            gpus=gpus.most_used,
+            facts={"gpu_seconds_whole": gpus.whole_ns / S},
         )
 
     return play
@@ -157,6 +195,8 @@ POLICIES: Mapping[str, Callable[[World, Progress], Outcome]] = {
     "lalb-o3": _whole_gpus(lambda: Lalb(SKIP_LIMIT)),
     "load-balancing": _whole_gpus(LoadBalancing),
     "keep-alive": _whole_gpus(KeepAlive),
+    "fast-gshare": _rectangles(FastGShare, sharing=True),
+    "has-gpu": _rectangles(HasGpu, sharing=False),
     "knative": _knative,
     "knative-tuned": _tuned_knative,
 }
@@ -169,6 +209,15 @@ def _later(arrivals: Arrivals) -> Arrivals:
 def _models(world: World) -> list[Model]:
     times = RunTimes(world.latencies)
     return [
-        Model(function.key, times.run_ns(function.key, 1, 100), weight_bytes, load_ns, function.slo.latency_ns, function.slo.percentile)
+        Model(
+            function.key,
+            times.run_ns(function.key, 1, 100),
+            weight_bytes,
+            load_ns,
+            function.slo.latency_ns,
+            function.slo.percentile,
+            function.timeout_ns,
+            function.max_batch,
+        )
         for function, weight_bytes, load_ns in zip(world.functions, world.weight_bytes, world.load_ns, strict=True)
     ]

@@ -14,7 +14,7 @@ import msgspec
 from contracts.units import S
 from simulator.baselines.kpa import TICK_S, Kpa, Spec, WindowAverage
 from simulator.engine import Engine
-from simulator.pool import Model
+from simulator.pool import TIMED_OUT, Model
 from simulator.record import Record
 
 SCALE_TO_ZERO_GRACE_S = 30
@@ -91,13 +91,14 @@ class Revision:
         self._engine.at(self._engine.now_ns + S, self._second)
 
     def stop(self) -> None:
-        """No more decisions: the simulation is over. What is held is charged until now, what still waits has no pod to wait for."""
+        """The span is over: no more decisions. What waits is still served by the pods there are, which then go; without one it has no answer."""
         self._running = False
-        self.record.reject("no pod until the end", len(self._waiting))
-        self._waiting.clear()
-        for pod in self._pods:
-            self._gpus.give_back(self._engine.now_ns - pod.since_ns)
-        self._pods.clear()
+        for pod in list(self._pods):
+            if not pod.in_flight and not self._waiting:
+                self._gone(pod)
+        if not self._pods:
+            self.record.reject("no pod until the end", len(self._waiting))
+            self._waiting.clear()
 
     def arrive(self) -> None:
         """A request comes."""
@@ -111,6 +112,7 @@ class Revision:
 
     def _feed(self) -> None:
         """The activator and the ingress together: the pod with the fewest requests, as long as one has room."""
+        self._expire(self._waiting)
         while self._waiting:
             open_pods = [pod for pod in self._pods if pod.ready and not pod.stopping and pod.in_flight < self._spec.total]
             if not open_pods:
@@ -121,6 +123,17 @@ class Revision:
             if pod.in_flight == 1:
                 self._run(pod)
 
+    def _expire(self, queue: deque[int]) -> int:
+        """Gives up what has waited too long at the head of a queue; returns how many requests that were."""
+        oldest_ns, found = self._engine.now_ns - self._model.timeout_ns, 0
+        while queue and queue[0] < oldest_ns:
+            queue.popleft()
+            found += 1
+        if found:
+            self._count(-found)
+            self.record.reject(TIMED_OUT, found)
+        return found
+
     def _run(self, pod: _Pod) -> None:
         self._engine.at(self._engine.now_ns + self._model.run_ns, self._finish, pod, pod.queue.popleft(), self._engine.now_ns)
 
@@ -130,11 +143,14 @@ class Revision:
         pod.in_flight -= 1
         self.busy_ns += self._model.run_ns
         self.record.answer(now_ns - arrived_ns, started_ns - arrived_ns, 0, self._model.run_ns, cold=False)
+        pod.in_flight -= self._expire(pod.queue)
         if pod.queue:
             self._run(pod)
         elif pod.stopping:
             self._end(pod)
         self._feed()
+        if not self._running and not pod.in_flight:
+            self._gone(pod)
 
     # Scaling.
 
@@ -148,6 +164,7 @@ class Revision:
         """Once a second the concurrency is scraped, every other second there is a decision."""
         if not self._running:
             return
+        self._expire(self._waiting)
         self._count(0)
         now_s = self._engine.now_ns // S
         ready = sum(pod.ready and not pod.stopping for pod in self._pods)
@@ -189,6 +206,8 @@ class Revision:
         if not pod.stopping:
             pod.ready = True
             self._feed()
+            if not self._running and not pod.in_flight:
+                self._gone(pod)
 
     def _end(self, pod: _Pod) -> None:
         self._engine.at(self._engine.now_ns + self._cluster.pod_stop_ns, self._gone, pod)
