@@ -19,10 +19,11 @@ from simulator.record import Record
 
 
 class _Served:
-    __slots__ = ("batcher", "estimates", "function", "node", "record", "wake_ns")
+    __slots__ = ("around_ns", "batcher", "estimates", "function", "node", "record", "wake_ns")
 
-    def __init__(self, function: Function, node: SimulatedNode) -> None:
+    def __init__(self, function: Function, node: SimulatedNode, around_ns: int) -> None:
         self.function = function
+        self.around_ns = around_ns
         self.node = node
         self.record = Record(function.slo.latency_ns)
         self.batcher = Batcher(function.max_batch, QUEUED_BATCHES * function.max_batch)
@@ -42,12 +43,11 @@ class _Run:
 
 
 class Fronts:
-    """All functions of a scenario, each on its node: the listener of those nodes. `around_ns`: HTTP, sockets and encoding of one request."""
+    """All functions of a scenario, each on its node: the listener of those nodes. `around_ns`: HTTP, sockets and encoding of a request of each."""
 
-    def __init__(self, engine: Engine, functions: Sequence[Function], nodes: Sequence[SimulatedNode], around_ns: int = 0) -> None:
+    def __init__(self, engine: Engine, functions: Sequence[Function], nodes: Sequence[SimulatedNode], around_ns: Sequence[int] = ()) -> None:
         self._engine = engine
-        self._around_ns = around_ns
-        self._served = [_Served(function, node) for function, node in zip(functions, nodes, strict=True)]
+        self._served = [_Served(*each) for each in zip(functions, nodes, around_ns or [0] * len(functions), strict=True)]
         self._runs: dict[int, _Run] = {}
         self._arrived: dict[int, int] = {}
         self._last = 0
@@ -83,7 +83,7 @@ class Fronts:
     def answered(self, answer: ev.Answer) -> None:
         """Listener of the nodes."""
         run, now_ns = self._runs.pop(answer.request), self._engine.now_ns
-        served, around_ns = run.served, self._around_ns
+        served, around_ns = run.served, run.served.around_ns
         for arrived_ns in run.arrived_ns:
             total_ns = now_ns - arrived_ns + around_ns
             served.record.answer(total_ns, total_ns - answer.swap_ns - answer.run_ns, answer.swap_ns, answer.run_ns, cold=answer.cold)

@@ -1,6 +1,7 @@
 """How long a batch runs, by rows and SM share: a simple law, or a table that was measured and is read between its points.
 
-All of them give the time on the SMs alone: what a quota costs is decided by the simulated node agent, not looked up.
+All of them give the time on the SMs alone: what a quota costs is decided by the simulated node agent, not looked up. Times measured on a device of
+one's own are `simulator.measured`'s.
 """
 
 from __future__ import annotations
@@ -8,10 +9,11 @@ from __future__ import annotations
 import csv
 import gzip
 import math
+import random
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from contracts.errors import InvalidArtifact, InvalidValue
 from contracts.units import MS
@@ -21,7 +23,15 @@ class Latency(Protocol):
     """One model's run time."""
 
     def run_ms(self, rows: int, sm_percent: int) -> float:
-        """GPU time of one warm batch, alone on these SMs."""
+        """Mean GPU time of one warm batch, alone on these SMs."""
+
+
+@runtime_checkable
+class Varying(Latency, Protocol):
+    """A latency that differs from batch to batch."""
+
+    def factors(self, rows: int, sm_percent: int) -> Sequence[float]:
+        """What a batch takes over the mean: equally likely values, 1 on average."""
 
 
 class Law:
@@ -78,20 +88,41 @@ def _between(axis: list[int], value: int) -> tuple[int, int, float, float]:
 
 
 class RunTimes:
-    """The functions of a scenario (`simulator.node.RunTimes`); what was asked for once is remembered. `scale`: of a slower or faster GPU."""
+    """The functions of a scenario, at their means (`simulator.node.RunTimes`); what was asked for once is remembered."""
 
-    def __init__(self, latencies: Mapping[str, Latency], scale: float = 1.0) -> None:
+    def __init__(self, latencies: Mapping[str, Latency]) -> None:
         self._latencies = latencies
-        self._scale = scale
         self._known: dict[tuple[str, int, int], int] = {}
 
     def run_ns(self, function: str, rows: int, sm_percent: int) -> int:
-        """GPU time of one warm batch."""
+        """Mean GPU time of one warm batch."""
         key = (function, rows, sm_percent)
         found = self._known.get(key)
         if found is None:
-            found = self._known[key] = max(1, int(self._latencies[function].run_ms(rows, sm_percent) * self._scale * MS))
+            found = self._known[key] = max(1, int(self._latencies[function].run_ms(rows, sm_percent) * MS))
         return found
+
+
+class Draws(RunTimes):
+    """The same, each batch with its own time where the latency varies: drawn from a generator with this seed."""
+
+    def __init__(self, latencies: Mapping[str, Latency], seed: int) -> None:
+        super().__init__(latencies)
+        self._choose = random.Random(seed).random
+        self._drawn: dict[tuple[str, int, int], tuple[int, ...]] = {}
+
+    def run_ns(self, function: str, rows: int, sm_percent: int) -> int:
+        """GPU time of this warm batch."""
+        key = (function, rows, sm_percent)
+        found = self._drawn.get(key)
+        if found is None:
+            found = self._drawn[key] = self._possible(*key)
+        return found[int(self._choose() * len(found))] if len(found) > 1 else found[0]
+
+    def _possible(self, function: str, rows: int, sm_percent: int) -> tuple[int, ...]:
+        mean_ns, latency = super().run_ns(function, rows, sm_percent), self._latencies[function]
+        factors = latency.factors(rows, sm_percent) if isinstance(latency, Varying) else ()
+        return tuple(max(1, round(mean_ns * factor)) for factor in factors) or (mean_ns,)
 
 
 def tables(path: Path, quota_percent: int = 100) -> dict[str, Table]:

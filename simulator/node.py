@@ -6,13 +6,14 @@ what is decided by the code that runs in production.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import msgspec
 
 from contracts.units import MS, S
 from nodeagent import events as ev
+from nodeagent.entities import Lane
 from nodeagent.settings import DeviceSpec, Settings
 from nodeagent.state import NodeState
 from nodeagent.tokens import NEVER_NS
@@ -31,17 +32,26 @@ class RunTimes(Protocol):
         """GPU time of one warm batch alone on a lane of so many SMs."""
 
 
+class Beside(Protocol):
+    """How batches slow each other down."""
+
+    def slowdown(self, function: str, sm_percent: int, others: Iterable[tuple[str, int]]) -> float:
+        """How many times as long a batch takes beside batches of these functions on so many percent of the SMs."""
+
+
 class Hardware(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a node's parts take beside running. `segment_ns`: a best-effort batch reaches its next gate within this time.
 
-    `tail`: the part of a run that follows the arrival of the last weights, since layers run while later ones are copied. `neighbour_slowdown`: how
-    much longer a batch takes for each whole GPU's worth of SMs that others run on beside it.
+    `tail`: the part of a run that follows the arrival of the last weights, since layers run while later ones are copied. `cold_slowdown`: how many
+    times as long a batch computes while its weights are copied. `neighbour_slowdown`: how much longer it takes for each whole GPU's worth of SMs that
+    others run on beside it.
     """
 
     lane_start_ns: int = 500 * MS
     copy_start_ns: int = MS // 20
     segment_ns: int = MS
     tail: float = 0.1
+    cold_slowdown: float = 1.0
     neighbour_slowdown: float = 0.0
 
 
@@ -81,6 +91,7 @@ class SimulatedNode:
         hardware: Hardware,
         settings: Settings | None = None,
         timeline: Timeline | None = None,
+        beside: Beside | None = None,
     ) -> None:
         self.state = NodeState(devices, settings)
         self.listener: Listener
@@ -88,6 +99,7 @@ class SimulatedNode:
         self._engine = engine
         self._times = times
         self._hardware = hardware
+        self._beside = beside
         self._bytes_per_s = {device.link or device.id: device.link_bytes_per_s for device in devices}
         self._link_of = {device.id: device.link or device.id for device in devices}
         self._link_free_ns = dict.fromkeys(self._bytes_per_s, 0)
@@ -144,12 +156,24 @@ class SimulatedNode:
         lane, now_ns = self.state.lanes[command.lane], self._engine.now_ns
         assert lane.request is not None
         run_ns = self._times.run_ns(command.function, lane.request.rows, lane.sm_percent)
-        beside = lane.device.running_sm - lane.sm_percent
-        run_ns = max(1, int(run_ns * (1 + self._hardware.neighbour_slowdown * beside / 100)))
         copy = command.copy if command.copy in self._copies else 0
+        slower = self._hardware.cold_slowdown if copy else 1.0
+        if lane.device.running_sm > lane.sm_percent:
+            slower *= self._slowdown(lane, command.function)
+        run_ns = max(1, int(run_ns * slower))
         batch = self._batches[command.lane] = _Batch(command.request, run_ns, int(run_ns * self._hardware.tail), copy, now_ns)
         if not copy:
             self._end_at(command.lane, batch, now_ns + run_ns)
+
+    def _slowdown(self, lane: Lane, function: str) -> float:
+        """Beside those that run now; who comes or goes later changes nothing any more."""
+        if self._beside is None:
+            return 1 + self._hardware.neighbour_slowdown * (lane.device.running_sm - lane.sm_percent) / 100
+        others = (self.state.lanes[number] for number in self._batches if number != lane.number)
+        running = [
+            (other.request.function.spec.key, other.sm_percent) for other in others if other.device is lane.device and other.request is not None
+        ]
+        return self._beside.slowdown(function, lane.sm_percent, running)
 
     def _end_at(self, lane: int, batch: _Batch, ends_ns: int) -> None:
         batch.ends_ns = ends_ns

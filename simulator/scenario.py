@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 from msgspec import Meta
 
-from contracts.errors import InvalidArtifact, InvalidValue, SluiceError
+from contracts.errors import InvalidArtifact, InvalidValue, NotFound, SluiceError
 from contracts.functions import Function, FunctionClass, ModelFormat, ModelRef, Share, Slo
 from contracts.units import MS, WHOLE_QUOTA_BP, S, parse_bytes
 from simulator.arrivals import Arrivals, of_many
@@ -23,12 +23,15 @@ from simulator.baselines.knative import Cluster
 from simulator.baselines.kpa import Spec
 from simulator.generators import bursty, diurnal, poisson
 from simulator.latency import Latency, Law, tables
+from simulator.measured import Profiles, Scaled
+from simulator.neighbours import Neighbours
 from simulator.node import Hardware
 from simulator.traces import read
 
 Positive = Annotated[float, Meta(gt=0)]
 Percent = Annotated[float, Meta(gt=0, le=100)]
 Count = Annotated[int, Meta(ge=1)]
+_FILES = ("table", "trace", "profile", "estimator", "interference")
 _PATTERNS = {"poisson": poisson, "bursty": bursty, "diurnal": diurnal}
 
 
@@ -53,13 +56,20 @@ class Devices(_Part, frozen=True):
 
 
 class Times(_Part, frozen=True):
-    """A law (`fixed_ms`, `row_ms`, `needs_sm`), or a measured `table` and the `models` of it that the functions take in turn."""
+    """A law (`fixed_ms`, `row_ms`, `needs_sm`), a `table`, or a `profile`; of the two files the functions take all `models`, or these, in turn.
+
+    A profile is of one `device`, and may be read through an `estimator`. `scale`: of another place, where all takes so many times as long.
+    """
 
     fixed_ms: Annotated[float, Meta(ge=0)] = 0.0
     row_ms: Annotated[float, Meta(ge=0)] = 0.0
     needs_sm: Percent = 100.0
     table: str = ""
+    profile: str = ""
+    estimator: str = ""
+    device: str = ""
     models: list[str] = []
+    scale: Positive = 1.0
 
 
 class Load(_Part, frozen=True):
@@ -77,7 +87,10 @@ class Load(_Part, frozen=True):
 
 
 class Group(_Part, frozen=True):
-    """`count` functions that are alike. `load_ms`: what frameworks need to load the model onto a GPU, for policies that do not swap."""
+    """`count` functions that are alike. `load_ms`: what frameworks need to load the model onto a GPU, for policies that do not swap.
+
+    `around_ms`: HTTP, sockets and encoding of one request, if it is not as for all others.
+    """
 
     name: str
     load: Load
@@ -92,10 +105,11 @@ class Group(_Part, frozen=True):
     sm_percent: Annotated[int, Meta(ge=1, le=100)] = 100
     quota_percent: Percent | None = None
     load_ms: Annotated[float, Meta(ge=0)] = 3000.0
+    around_ms: Annotated[float, Meta(ge=0)] | None = None
 
 
 class Scenario(_Part, frozen=True):
-    """One file. The first `warm_up_s` are simulated but not counted."""
+    """One file. The first `warm_up_s` are simulated but not counted. `interference`: a file that `sluice profile interference` wrote."""
 
     name: str
     span_s: Positive
@@ -106,6 +120,7 @@ class Scenario(_Part, frozen=True):
     seed: int = 0
     around_ms: Annotated[float, Meta(ge=0)] = 0.0
     hardware: Hardware = Hardware()
+    interference: str = ""
     kpa: Spec = Spec()
     pod_start_s: Positive = 15.0
 
@@ -121,6 +136,9 @@ class World:
     load_ns: tuple[int, ...]
     latencies: Mapping[str, Latency]
     arrivals: Arrivals
+    around_ns: tuple[int, ...] = ()
+    neighbours: Neighbours | None = None
+    seed: int = 0
 
     @property
     def cluster(self) -> Cluster:
@@ -144,12 +162,14 @@ def build(scenario: Scenario, seed: int) -> World:
     count = sum(group.count for group in scenario.functions)
     functions: list[Function] = []
     latencies: dict[str, Latency] = {}
+    models: dict[str, str] = {}
     parts: list[Arrivals] = []
     for group in scenario.functions:
         members = [_function(group, number, _fair_quota_bp(scenario, count)) for number in range(group.count)]
         functions += members
+        timed = _latencies(group)
         for number, function in enumerate(members):
-            latencies[function.key] = _latency(group, number)
+            models[function.key], latencies[function.key] = timed[number % len(timed)]
         parts.append(_arrivals(group, [function.key for function in members], span_ns, chance))
     at_ns = [part.at_ns[part.function == number] for part in parts for number in range(len(part.names))]
     each = [group for group in scenario.functions for _ in range(group.count)]
@@ -161,6 +181,9 @@ def build(scenario: Scenario, seed: int) -> World:
         tuple(int(group.load_ms * MS) for group in each),
         latencies,
         of_many([function.key for function in functions], at_ns, span_ns),
+        tuple(int((scenario.around_ms if group.around_ms is None else group.around_ms) * MS) for group in each),
+        Neighbours.read(Path(scenario.interference), latencies, models) if scenario.interference else None,
+        seed,
     )
 
 
@@ -182,17 +205,40 @@ def _function(group: Group, number: int, fair_bp: int) -> Function:
     )
 
 
-def _latency(group: Group, number: int) -> Latency:
-    time = group.time
-    if not time.table:
-        if not time.fixed_ms + time.row_ms:
-            raise InvalidValue("needs fixed_ms, row_ms or a table", key=f"functions.{group.name}.time", value=0)
-        return Law(time.fixed_ms, time.row_ms, time.needs_sm)
+_Named = list[tuple[str, Latency]]
+
+
+def _latencies(group: Group) -> _Named:
+    """The models that the functions of the group take in turn."""
+    time, key = group.time, f"functions.{group.name}.time"
+    chosen = [name for name, value in (("a law", time.fixed_ms + time.row_ms), ("table", time.table), ("profile", time.profile)) if value]
+    if len(chosen) != 1:
+        raise InvalidValue("needs either a law (fixed_ms, row_ms), a table, or a profile", key=key, value=" and ".join(chosen))
+    if (time.estimator or time.device) and not time.profile:
+        raise InvalidValue("estimator and device go with a profile", key=key, value=time.estimator or time.device)
+    if time.profile:
+        found = _of_profile(time, key)
+    elif time.table:
+        found = _of_table(time, key)
+    else:
+        found = [(group.name, Law(time.fixed_ms, time.row_ms, time.needs_sm))]
+    return found if time.scale == 1 else [(model, Scaled(latency, time.scale)) for model, latency in found]
+
+
+def _of_table(time: Times, key: str) -> _Named:
     found = tables(Path(time.table))
-    model = (time.models or sorted(found))[number % len(time.models or found)]
-    if model not in found:
-        raise InvalidValue(f"is not in the table {time.table}", key=f"functions.{group.name}.time.models", value=model)
-    return found[model]
+    for model in time.models:
+        if model not in found:
+            raise InvalidValue(f"is not in the table {time.table}", key=f"{key}.models", value=model)
+    return [(model, found[model]) for model in time.models or sorted(found)]
+
+
+def _of_profile(time: Times, key: str) -> _Named:
+    try:
+        profiles = Profiles(Path(time.profile), Path(time.estimator) if time.estimator else None)
+        return [(model, profiles.latency(model, time.device or None)) for model in time.models or profiles.functions]
+    except (InvalidValue, NotFound) as error:
+        raise InvalidValue(error.message, key=f"{key}.profile", value=time.profile) from None
 
 
 def _arrivals(group: Group, names: Sequence[str], span_ns: int, chance: np.random.Generator) -> Arrivals:
@@ -214,10 +260,7 @@ def _arrivals(group: Group, names: Sequence[str], span_ns: int, chance: np.rando
 def _located(value: Any, folder: Path) -> Any:
     """The document with its file names made absolute."""
     if isinstance(value, dict):
-        return {
-            key: str(folder / found) if key in ("table", "trace") and isinstance(found, str) else _located(found, folder)
-            for key, found in value.items()
-        }
+        return {key: str(folder / found) if key in _FILES and isinstance(found, str) else _located(found, folder) for key, found in value.items()}
     return [_located(found, folder) for found in value] if isinstance(value, list) else value
 
 
