@@ -39,20 +39,18 @@ class Link:
     def __init__(self, chunk_bytes: int, chunks_in_flight: int, bytes_per_s: int) -> None:
         self.tasks: dict[int, CopyTask] = {}
         self.bytes_per_s = bytes_per_s
+        self.waiting_bytes = 0
+        """Bytes that copies under way still have to move."""
         self._chunk_bytes = chunk_bytes
         self._window_bytes = chunk_bytes * chunks_in_flight
         self._in_flight_bytes = 0
         self._vruntime = 0
 
-    @property
-    def waiting_bytes(self) -> int:
-        """Bytes that copies under way still have to move."""
-        return sum(task.nbytes - task.copied_bytes for task in self.tasks.values())
-
     def begin(self, task: CopyTask) -> None:
         """A new copy; it starts level with the least served of the others, so that it neither waits for their past nor pays for it."""
         task.vruntime = self._vruntime
         self.tasks[task.copy] = task
+        self.waiting_bytes += task.nbytes
 
     def progress(self, copy: int, copied_bytes: int) -> CopyTask | None:
         """Bytes have arrived; returns the task, or None if the copy is unknown (its lane was lost)."""
@@ -60,7 +58,9 @@ class Link:
         if task is None:
             return None
         copied_bytes = min(max(copied_bytes, task.copied_bytes), task.granted_bytes)
-        self._in_flight_bytes -= copied_bytes - task.copied_bytes
+        arrived_bytes = copied_bytes - task.copied_bytes
+        self._in_flight_bytes -= arrived_bytes
+        self.waiting_bytes -= arrived_bytes
         task.copied_bytes = copied_bytes
         if copied_bytes == task.nbytes:
             del self.tasks[copy]
@@ -70,19 +70,16 @@ class Link:
         """A copy ends unfinished (its lane was lost)."""
         task = self.tasks.pop(copy)
         self._in_flight_bytes -= task.granted_bytes - task.copied_bytes
+        self.waiting_bytes -= task.nbytes - task.copied_bytes
 
     def grant(self, now_ns: int) -> list[CopyTask]:
         """Grants chunks while the link has room; returns each task that was granted more, once."""
         granted: dict[int, CopyTask] = {}
-        while True:
-            open_tasks = [task for task in self.tasks.values() if task.granted_bytes < task.nbytes]
-            if not open_tasks:
-                break
-            if len(open_tasks) == 1:
-                task = open_tasks[0]
-            else:
-                task = min(open_tasks, key=lambda t: (-t.behind_bytes(now_ns), t.vruntime, t.copy))
-            chunk = min(self._chunk_bytes, task.nbytes - task.granted_bytes)
+        open_tasks = [task for task in self.tasks.values() if task.granted_bytes < task.nbytes]
+        while open_tasks:
+            task = open_tasks[0] if len(open_tasks) == 1 else min(open_tasks, key=lambda t: (-t.behind_bytes(now_ns), t.vruntime, t.copy))
+            left = task.nbytes - task.granted_bytes
+            chunk = left if left < self._chunk_bytes else self._chunk_bytes
             if self._in_flight_bytes + chunk > self._window_bytes:
                 break
             self._vruntime = task.vruntime
@@ -90,6 +87,8 @@ class Link:
             task.vruntime += (chunk << 10) // task.weight
             self._in_flight_bytes += chunk
             granted[task.copy] = task
+            if chunk == left:
+                open_tasks.remove(task)
         return list(granted.values())
 
     def swap_ns(self, nbytes: int) -> int:

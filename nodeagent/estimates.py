@@ -55,4 +55,6 @@ class NeedEstimate:
 
     def per_second(self, now_ns: int) -> float:
         """The rate to expect: a function that has been silent for longer than its usual gap is taken at its silence."""
-        return S / max(1, self._gap_ns, now_ns - self._last_ns)
+        silent_ns = now_ns - self._last_ns
+        gap_ns = silent_ns if silent_ns > self._gap_ns else self._gap_ns
+        return S / gap_ns if gap_ns > 1 else float(S)

@@ -5,7 +5,9 @@ Eviction only forgets. Weights come back to their former place when that is free
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from bisect import bisect
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
@@ -40,6 +42,9 @@ class Place(msgspec.Struct, frozen=True):
     cost: float = 0.0
 
 
+Costs = Callable[[Sequence[Extent]], Sequence[float | None]]
+
+
 def aligned(nbytes: int) -> int:
     """Bytes that an extent takes of the slab."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
@@ -55,25 +60,26 @@ class DeviceMemory:
         self._ordered: list[Extent] = []
         self._former: dict[int, int] = {}
 
-    def find(self, owner: int, nbytes: int, cost: Callable[[Extent], float | None]) -> Place | None:
+    def find(self, owner: int, nbytes: int, costs: Costs) -> Place | None:
         """The best place for an owner's weights, or None when pinned extents leave no room.
 
-        A free former place first, then the smallest hole that fits, then the cheapest run of neighbours to evict, `cost` being what evicting one
-        costs (None: it must stay).
+        A free former place first, then the smallest hole that fits, then the cheapest run of neighbours to evict: `costs` says what evicting each of
+        these extents costs (None: it must stay).
         """
         need = aligned(nbytes)
-        holes = [(end - start, start) for start, end in self._holes() if end - start >= need]
-        former = self._former.get(owner)
-        if former is not None and any(start <= former and former + need <= start + size for size, start in holes):
-            return Place(former, ())
-        if holes:
-            return Place(min(holes)[1], ())
-        return self._cheapest_run(need, cost)
+        if self.used_bytes + need <= self.capacity_bytes:
+            holes = [(end - start, start) for start, end in self._holes() if end - start >= need]
+            former = self._former.get(owner)
+            if former is not None and any(start <= former and former + need <= start + size for size, start in holes):
+                return Place(former, ())
+            if holes:
+                return Place(min(holes)[1], ())
+        return self._cheapest_run(need, costs(self._ordered))
 
     def take(self, owner: int, offset: int, nbytes: int, copy: int) -> Extent:
         """Reserves a place that is free."""
         extent = Extent(owner, offset, nbytes, copy)
-        at = next((i for i, other in enumerate(self._ordered) if other.offset > offset), len(self._ordered))
+        at = bisect(self._ordered, offset, key=lambda other: other.offset)
         before = self._ordered[at - 1].end if at else 0
         after = self._ordered[at].offset if at < len(self._ordered) else self.capacity_bytes
         assert before <= offset and extent.end <= after, f"[{offset}, {extent.end}) is not free"
@@ -103,24 +109,25 @@ class DeviceMemory:
         if at < self.capacity_bytes:
             yield at, self.capacity_bytes
 
-    def _cheapest_run(self, need: int, cost: Callable[[Extent], float | None]) -> Place | None:
+    def _cheapest_run(self, need: int, costs: Sequence[float | None]) -> Place | None:
         """Two pointers over the extents in order of address: each window of evictable neighbours that, with the holes around it, is long enough."""
-        costs = [cost(extent) for extent in self._ordered]
-        best: tuple[float, int, int, int] | None = None
+        starts = [0, *(extent.end for extent in self._ordered)]
+        ends = [*(extent.offset for extent in self._ordered[1:]), self.capacity_bytes]
+        best: tuple[int, int] | None = None
+        least = math.inf
         first, total = 0, 0.0
         for last, price in enumerate(costs):
             if price is None:
                 first, total = last + 1, 0.0
                 continue
             total += price
-            room_end = self._ordered[last + 1].offset if last + 1 < len(self._ordered) else self.capacity_bytes
-            while first < last and room_end - self._ordered[first].end >= need:
+            end = ends[last]
+            while first < last and end - starts[first + 1] >= need:
                 total -= costs[first] or 0.0
                 first += 1
-            start = self._ordered[first - 1].end if first else 0
-            if room_end - start >= need and (best is None or total < best[0]):
-                best = (total, start, first, last)
+            if total < least and end - starts[first] >= need:
+                least, best = total, (first, last)
         if best is None:
             return None
-        total, start, first, last = best
-        return Place(start, tuple(extent.owner for extent in self._ordered[first : last + 1]), total)
+        first, last = best
+        return Place(starts[first], tuple(extent.owner for extent in self._ordered[first : last + 1]), least)

@@ -107,23 +107,27 @@ def find_place(
 ) -> Place | None:
     """Where on the device the function's weights could go, at the least cost of evictions; None when too much must stay."""
     return device.memory.find(
-        function.number,
-        function.spec.weight_bytes,
-        lambda extent: eviction_cost(owners[extent.owner], extent, device, now_ns, spare_queued=spare_queued),
+        function.number, function.spec.weight_bytes, lambda extents: eviction_costs(extents, device, owners, now_ns, spare_queued=spare_queued)
     )
 
 
-def eviction_cost(function: FunctionState, extent: Extent, device: Device, now_ns: int, *, spare_queued: bool) -> float | None:
-    """What it costs to forget these weights: the time to load them again x how soon they are needed. None: they must stay.
+def eviction_costs(
+    extents: Sequence[Extent], device: Device, owners: Mapping[int, FunctionState], now_ns: int, *, spare_queued: bool
+) -> list[float | None]:
+    """What it costs to forget each of these weights: the time to load them again x how soon they are needed. None: they must stay.
 
     Duplicates cost little. With `spare_queued` the weights of functions that have work queued stay, too (for prefetching).
     """
-    if extent.pins:
-        return None
-    rate = function.need.per_second(now_ns)
-    if function.queue:
-        if spare_queued:
-            return None
-        rate = max(rate, _QUEUED_PER_S)
-    reload_s = extent.nbytes / device.link.bytes_per_s
-    return reload_s * rate * (_DUPLICATE_COST if len(function.extents) > 1 else 1.0)
+    costs: list[float | None] = []
+    bytes_per_s = device.link.bytes_per_s
+    for extent in extents:
+        owner = owners[extent.owner]
+        if extent.pins or (spare_queued and owner.queue):
+            costs.append(None)
+            continue
+        rate = owner.need.per_second(now_ns)
+        if owner.queue and rate < _QUEUED_PER_S:
+            rate = _QUEUED_PER_S
+        cost = extent.nbytes / bytes_per_s * rate
+        costs.append(cost if len(owner.extents) == 1 else cost * _DUPLICATE_COST)
+    return costs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
 from nodeagent.tokens import NEVER_NS, Tier
@@ -41,7 +42,8 @@ class ReadyQueue:
 
     def place(self, item: Waiting, tier: Tier, order: tuple[Any, ...], change_ns: int) -> None:
         """Puts an item where its urgency says, until `change_ns`."""
-        self._take_out(item)
+        if item.ready_key is not None:
+            self._take_out(item)
         item.waiting = True
         if tier is not Tier.BLOCKED:
             item.ready_key = (tier, *order)
@@ -52,11 +54,14 @@ class ReadyQueue:
 
     def discard(self, item: Waiting) -> None:
         """The item waits no more."""
-        self._take_out(item)
+        if item.ready_key is not None:
+            self._take_out(item)
         item.waiting = False
 
-    def due(self, now_ns: int) -> list[Any]:
+    def due(self, now_ns: int) -> Sequence[Any]:
         """Items whose time has come; each must be placed again if it still waits."""
+        if not self._wakes or self._wakes[0][0] > now_ns:
+            return ()
         found = []
         while self._wakes and self._wakes[0][0] <= now_ns:
             wake_ns, _, item = heapq.heappop(self._wakes)
@@ -78,6 +83,5 @@ class ReadyQueue:
         return NEVER_NS
 
     def _take_out(self, item: Waiting) -> None:
-        if item.ready_key is not None:
-            del self._ordered[bisect_left(self._ordered, (item.ready_key, item.turn))]
-            item.ready_key = None
+        del self._ordered[bisect_left(self._ordered, (item.ready_key, item.turn))]
+        item.ready_key = None

@@ -66,8 +66,10 @@ class Account:
     def wake(self, now_ns: int) -> None:
         """Work arrives at an idle function: forget what it saved beyond one window."""
         oldest = now_ns - self._window_ns
-        self._due_ns = max(self._due_ns, oldest)
-        self._limit_due_ns = max(self._limit_due_ns, oldest)
+        if self._due_ns < oldest:
+            self._due_ns = oldest
+        if self._limit_due_ns < oldest:
+            self._limit_due_ns = oldest
 
     def begin(self, estimate_ns: int) -> None:
         """A batch starts; until it is charged its estimate counts."""
@@ -96,7 +98,7 @@ class Account:
         limit_due = self.limit_due_ns
         if limit_due > now_ns:
             return Tier.BLOCKED, limit_due
-        due = self.due_ns
+        due = self.due_ns if self.pending_ns else self._due_ns
         if due >= now_ns:
             return borrowed, due + 1
         # One window may have been saved up; beyond two, a whole window has passed in which the guarantee was not given.

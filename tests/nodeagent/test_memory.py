@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodeagent.memory import DeviceMemory, Extent, Place
+from nodeagent.memory import Costs, DeviceMemory, Extent, Place
 
 
-def free(_: Extent) -> float:
-    return 1.0
+def each(cost: Callable[[Extent], float | None]) -> Costs:
+    return lambda extents: [cost(extent) for extent in extents]
+
+
+free = each(lambda _: 1.0)
 
 
 def filled(capacity: int, *sizes: int) -> DeviceMemory:
@@ -49,14 +53,14 @@ def test_the_smallest_hole_that_fits_is_used() -> None:
 def test_the_cheapest_neighbours_are_evicted() -> None:
     memory = filled(4096, 1024, 1024, 1024, 1024)
     costs = {1: 5.0, 2: 1.0, 3: 1.0, 4: 4.0}
-    assert memory.find(9, 2048, lambda extent: costs[extent.owner]) == Place(1024, (2, 3), 2.0)
+    assert memory.find(9, 2048, each(lambda extent: costs[extent.owner])) == Place(1024, (2, 3), 2.0)
 
 
 def test_holes_beside_a_victim_count() -> None:
     memory = filled(4096, 1024, 1024, 1024, 1024)
     memory.drop(2)
     costs = {1: 3.0, 3: 2.0, 4: 1.0}
-    assert memory.find(9, 2048, lambda extent: costs[extent.owner]) == Place(1024, (3,), 2.0)
+    assert memory.find(9, 2048, each(lambda extent: costs[extent.owner])) == Place(1024, (3,), 2.0)
 
 
 def test_no_more_is_evicted_than_is_needed() -> None:
@@ -67,7 +71,7 @@ def test_no_more_is_evicted_than_is_needed() -> None:
 
 def test_what_must_stay_is_never_a_victim() -> None:
     memory = filled(3072, 1024, 1024, 1024)
-    assert memory.find(9, 2048, lambda extent: None if extent.owner == 2 else 1.0) is None
+    assert memory.find(9, 2048, each(lambda extent: None if extent.owner == 2 else 1.0)) is None
 
 
 def test_more_than_the_slab_never_fits() -> None:
@@ -89,7 +93,7 @@ def test_places_are_always_free_and_inside(chance: random.Random, steps: int) ->
         if memory.extents and chance.random() < 0.3:
             memory.drop(chance.choice(sorted(set(memory.extents) - pinned) or [0])) if set(memory.extents) - pinned else None
         size = chance.randint(1, 20 * 256)
-        place = memory.find(owner, size, lambda extent: None if extent.owner in pinned else chance.random())
+        place = memory.find(owner, size, each(lambda extent: None if extent.owner in pinned else chance.random()))
         if place is None:
             continue
         assert not set(place.victims) & pinned
