@@ -153,7 +153,7 @@ class Dispatcher:
         """Keeps a device free for a starved function: the one that makes room, or holds it, or is least busy, of those that are large enough."""
         if any(other.held_for is function for other in self.node.device_list):
             return
-        free = [d for d in self.node.device_list if d.held_for is None and d.memory.capacity_bytes >= function.spec.weight_bytes]
+        free = [d for d in self.node.device_list if d.held_for is None and not d.lost and d.memory.capacity_bytes >= function.spec.weight_bytes]
         if free:
             best = min(free, key=lambda d: (d is not device, d.spec.id not in function.extents, d.running_sm))
             best.held_for = function
@@ -221,7 +221,7 @@ class Dispatcher:
         lane = request.lane
         assert lane is not None
         held = device.held_for not in (None, request.function) and device.running_sm > 0
-        if lane.device is device and device.running_sm + lane.sm_percent <= 100 and not held:
+        if lane.device is device and device.running_sm + lane.sm_percent <= 100 and not held and not lane.doomed:
             self.node.ready.discard(request)
             self._pool.occupy(lane, now_ns)
             self.node.emit(ev.Resume(lane.number, request.number))
@@ -244,14 +244,14 @@ class Dispatcher:
         for device in sorted(candidates, key=lambda d: d.spec.id not in function.extents) if len(candidates) > 1 else candidates:
             if not device.pausable or device.held_for not in (None, function):
                 continue
-            room = 100 - device.running_sm + sum(lane.sm_percent for lane in device.lanes.values() if lane.state is LaneState.PAUSING)
+            room = 100 - device.running_sm + sum(lane.held_sm for lane in device.lanes.values() if lane.state is LaneState.PAUSING)
             victims: list[Lane] = []
             for lane in device.preemptible():
                 if room >= function.lane_key[0]:
                     break
                 if lane.request is not None and lane.request.function.account.tier(now_ns)[0] > tier:
                     victims.append(lane)
-                    room += lane.sm_percent
+                    room += lane.held_sm
             if room < function.lane_key[0]:
                 continue
             if device.idle_lane(function.lane_key) is None:

@@ -162,14 +162,18 @@ class LaneState(enum.Enum):
 
 
 class Lane:
-    """A lane of a device. `since_ns` is when it took up its present state; `doomed`: its batch hangs, and it was told to end."""
+    """A lane of a device. `since_ns` is when it took up its present state; `held_sm`: the SMs, in percent, that it holds of its device while it runs.
 
-    __slots__ = ("device", "doomed", "key", "number", "request", "since_ns", "state")
+    `doomed`: it was told to end with a batch in hand, which hangs, or whose device is lost.
+    """
+
+    __slots__ = ("device", "doomed", "held_sm", "key", "number", "request", "since_ns", "state")
 
     def __init__(self, number: int, device: Device, key: LaneKey, now_ns: int) -> None:
         self.number = number
         self.device = device
         self.key = key
+        self.held_sm = 100 if device.spec.exclusive else key[0]
         self.state = LaneState.STARTING
         self.request: RequestState | None = None
         self.since_ns = now_ns
@@ -193,7 +197,7 @@ class Lane:
     @property
     def serving(self) -> bool:
         """It has come up and was not told to stop."""
-        return self.state not in (LaneState.STARTING, LaneState.STOPPING)
+        return self.state not in (LaneState.STARTING, LaneState.STOPPING) and not self.doomed
 
     def remaining_ns(self, now_ns: int) -> int:
         """How much longer its batch is expected to run."""
@@ -208,7 +212,7 @@ class Lane:
 class Device:
     """A device: its memory, its lanes, its link, and how many percent of its SMs run now. `held_for`: kept free for a function that was starved.
 
-    `pausable` counts its running best-effort batches that were not yet asked to pause.
+    `pausable` counts its running best-effort batches that were not yet asked to pause. `lost`: its memory has gone, and nothing may start there.
     """
 
     __slots__ = (
@@ -218,6 +222,7 @@ class Device:
         "lanes",
         "lanes_by_key",
         "link",
+        "lost",
         "memory",
         "pausable",
         "running_sm",
@@ -239,6 +244,7 @@ class Device:
         self.busy_ns = self.swapped_bytes = self.swaps = 0
         self.failed_starts = 0
         self.start_after_ns = 0
+        self.lost = False
 
     def idle_lane(self, key: LaneKey, prefer: int = 0) -> Lane | None:
         """An idle lane of this size and class, the preferred one if it is idle."""
@@ -252,8 +258,11 @@ class Device:
 
     def lacks_lane(self, key: LaneKey) -> bool:
         """One more lane of this size and class could run beside those there are, and none is on its way."""
+        if self.lost:
+            return False
         peers = self.lanes_by_key.get(key, ())
-        return len(peers) < 100 // key[0] and not any(lane.state is LaneState.STARTING for lane in peers)
+        most = 1 if self.spec.exclusive else 100 // key[0]
+        return len(peers) < most and not any(lane.state is LaneState.STARTING for lane in peers)
 
     def preemptible(self) -> Iterator[Lane]:
         """Lanes whose running batch may be asked to pause."""

@@ -105,6 +105,18 @@ class LaneLost(Event, frozen=True):
     lane: int
 
 
+class DeviceLost(Event, frozen=True):
+    """A device's memory has gone with all that lay there. Its lanes are told to end, and nothing starts there before DeviceUp."""
+
+    device: str
+
+
+class DeviceUp(Event, frozen=True):
+    """A lost device has memory again, empty, of the size that it had. The shell sends it after the last LaneLost of the device's old lanes."""
+
+    device: str
+
+
 class Tick(Event, frozen=True):
     """Time has passed. `NodeState.next_tick_ns` says when one is needed."""
 
@@ -135,7 +147,7 @@ class StartLane(Command, frozen=True):
 
 
 class StopLane(Command, frozen=True):
-    """End a lane: one that is idle, or one whose batch hangs, which takes force; LaneLost follows."""
+    """End a lane: one that is idle, or one whose batch hangs or whose device is lost, which takes force; LaneLost follows."""
 
     lane: int
 

@@ -17,18 +17,28 @@ def check(state: NodeState) -> None:
     for device in state.devices.values():
         _check_sm(device)
         _check_memory(state, device)
+        if device.lost:
+            _check_lost(device)
     _check_requests(state)
     _check_accounts(state)
 
 
 def _check_sm(device: Device) -> None:
-    running = sum(lane.sm_percent for lane in device.lanes.values() if lane.active)
+    running = sum(lane.held_sm for lane in device.lanes.values() if lane.active)
     assert running == device.running_sm <= 100, f"{device.spec.id}: lanes of {running} % run, {device.running_sm} % are counted"
     pausable = sum(1 for _ in device.preemptible())
     assert pausable == device.pausable, f"{device.spec.id}: {pausable} batches can be paused, {device.pausable} are counted"
     for lane in device.lanes.values():
         busy = lane.state in (LaneState.RUNNING, LaneState.PAUSING, LaneState.PAUSED)
         assert busy == (lane.request is not None), f"lane {lane.number} is {lane.state.value} with request {lane.request}"
+
+
+def _check_lost(device: Device) -> None:
+    assert device.held_for is None, f"{device.spec.id} is lost and kept for {device.held_for}"
+    for lane in device.lanes.values():
+        assert lane.doomed or lane.state is LaneState.STOPPING, f"lane {lane.number} is {lane.state.value} on {device.spec.id}, which is lost"
+    for extent in device.memory.extents.values():
+        assert extent.pins, f"{device.spec.id} is lost and still holds weights of {extent.owner}"
 
 
 def _check_memory(state: NodeState, device: Device) -> None:

@@ -27,7 +27,7 @@ class LanePool:
         """A batch starts or goes on: the lane holds its SMs."""
         lane.state = LaneState.RUNNING
         lane.since_ns = now_ns
-        lane.device.running_sm += lane.sm_percent
+        lane.device.running_sm += lane.held_sm
         lane.device.pausable += lane.preemptible
         self.watch_ns = min(self.watch_ns, now_ns + self.node.settings.hang_ns)
 
@@ -42,8 +42,8 @@ class LanePool:
         """A lane no longer holds SMs; with its batch over (IDLE) its request leaves it."""
         lane.device.pausable -= lane.preemptible
         if lane.active:
-            lane.device.running_sm -= lane.sm_percent
-        lane.state = state
+            lane.device.running_sm -= lane.held_sm
+        lane.state = LaneState.STOPPING if lane.doomed and state is LaneState.IDLE else state
         lane.since_ns = now_ns
         self.node.free(lane.device)
         if state is not LaneState.PAUSED and lane.request is not None:
@@ -108,6 +108,18 @@ class LanePool:
         copy_ns = lane.device.link.swap_ns(request.extent.nbytes) if request.extent.copy else 0
         patience_ns = max(hang_ns, _HANG_FACTOR * (request.estimate_ns + copy_ns))
         return max(lane.since_ns + patience_ns, min(request.deadline_ns, lane.since_ns + _TRUSTED_PERIODS * hang_ns))
+
+    def end_all(self, device: Device, now_ns: int) -> None:
+        """Ends every lane of a lost device. Those with a batch in hand keep it until they have gone; it is then a lost lane's."""
+        for lane in device.lanes.values():
+            if lane.state is LaneState.STOPPING or lane.doomed:
+                continue
+            if lane.request is None:
+                self.vacate(lane, LaneState.STOPPING, now_ns)
+            else:
+                device.pausable -= lane.preemptible
+                lane.doomed = True
+            self.node.emit(ev.StopLane(lane.number))
 
     def drop(self, lane: Lane, now_ns: int) -> None:
         """The lane has gone: its copies are lost; starts are slowed down when lanes keep failing before they serve."""

@@ -8,12 +8,16 @@ from contracts.units import MIB, MS
 
 
 class DeviceSpec(msgspec.Struct, frozen=True):
-    """A device: its id ("cpu:0"), slab size, and the expected speed of its host link in bytes/s. Devices that name the same `link` share it."""
+    """A device: its id ("cpu:0"), slab size, and the expected speed of its host link in bytes/s. Devices that name the same `link` share it.
+
+    `exclusive`: its lanes cannot run beside each other, whatever their size.
+    """
 
     id: str
     capacity_bytes: int
     link_bytes_per_s: int = 8_000_000_000
     link: str = ""
+    exclusive: bool = False
 
 
 class Settings(msgspec.Struct, frozen=True):

@@ -14,7 +14,7 @@ from contracts.functions import Share
 from contracts.units import MS, WHOLE_QUOTA_BP
 from nodeagent import events as ev
 from nodeagent.dispatch import Dispatcher
-from nodeagent.entities import FunctionState, LaneState, RequestState
+from nodeagent.entities import Device, FunctionState, LaneState, RequestState
 from nodeagent.events import Reason
 from nodeagent.invariants import check
 from nodeagent.lane_pool import LanePool
@@ -41,6 +41,7 @@ class NodeState:
         self.retired_ns = 0
         self._deadlines: list[tuple[int, int]] = []
         self._reap_at_ns = NEVER_NS
+        self._lost: list[Device] = []
         self._handlers: dict[type[ev.Event], Callable[..., None]] = {
             ev.RequestArrived: self._request_arrived,
             ev.BatchFinished: self._batch_finished,
@@ -52,6 +53,8 @@ class NodeState:
             ev.ShareChanged: self._share_changed,
             ev.LaneUp: self._lane_up,
             ev.LaneLost: self._lane_lost,
+            ev.DeviceLost: self._device_lost,
+            ev.DeviceUp: self._device_up,
             ev.Tick: self._tick,
         }
 
@@ -60,6 +63,8 @@ class NodeState:
         self._expire(now_ns)
         self._dispatcher.requeue_due(now_ns)
         self._handlers[type(event)](event, now_ns)
+        if self._lost:
+            self._forget_lost_weights()
         self._dispatcher.dispatch(now_ns)
         return self.node.take_commands()
 
@@ -269,6 +274,43 @@ class NodeState:
         for function in [function for function in self.node.functions.values() if function.removed]:
             self._retire(function)
         self._reap_at_ns = min(self._reap_at_ns, now_ns + self.settings.lane_idle_ns)
+
+    def _device_lost(self, event: ev.DeviceLost, now_ns: int) -> None:
+        device = self.devices[event.device]
+        if device.lost:
+            return
+        device.lost = True
+        device.held_for = None
+        self._lost.append(device)
+        self._pool.end_all(device, now_ns)
+        self._look_again(now_ns)
+
+    def _device_up(self, event: ev.DeviceUp, now_ns: int) -> None:
+        device = self.devices[event.device]
+        assert not device.lanes, f"{event.device} is up with lanes of its time before"
+        if not device.lost:
+            return
+        device.lost = False
+        device.failed_starts = device.start_after_ns = 0
+        self._lost.remove(device)
+        for function in self.functions.values():
+            self._pool.want(device, function.lane_key, now_ns)
+        self._look_again(now_ns)
+
+    def _look_again(self, now_ns: int) -> None:
+        """What waits was told to wait for devices that are no longer what they were."""
+        for function in self.functions.values():
+            function.holder_until_ns = 0
+            self._dispatcher.requeue(function, now_ns)
+
+    def _forget_lost_weights(self) -> None:
+        """What lay on a lost device is forgotten as soon as no lane that still ends holds on to it."""
+        for device in self._lost:
+            for owner in list(device.memory.extents):
+                function = self.node.functions[owner]
+                self._swaps.release(function, device)
+                if function.removed:
+                    self._retire(function)
 
     def _try_again(self, request: RequestState, now_ns: int) -> None:
         """A lost lane's batch is tried once more, first in its function's queue, if its deadline allows."""

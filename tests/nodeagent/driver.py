@@ -12,8 +12,8 @@ from nodeagent.state import NodeState
 class Driver:
     """Keeps what the lanes would know: which are up, what they run, which copies they make and how far they may go."""
 
-    def __init__(self, devices: int = 1, capacity: int = 100 << 20, settings: Settings | None = None) -> None:
-        self.state = NodeState([DeviceSpec(f"cpu:{n}", capacity) for n in range(devices)], settings)
+    def __init__(self, devices: int = 1, capacity: int = 100 << 20, settings: Settings | None = None, *, exclusive: bool = False) -> None:
+        self.state = NodeState([DeviceSpec(f"cpu:{n}", capacity, exclusive=exclusive) for n in range(devices)], settings)
         self.now_ns = S
         self.starting: dict[int, ev.StartLane] = {}
         self.up: dict[int, ev.StartLane] = {}
@@ -39,7 +39,7 @@ class Driver:
     def _check_progress(self) -> None:
         """Work that may run never waits while nothing at all is under way: no run, no copy, no lane that comes or goes."""
         copying = any(self.copied[copy] < until for copy, (_, until) in self.copies.items())
-        held_up = any(device.start_after_ns for device in self.state.devices.values())
+        held_up = any(device.start_after_ns or device.lost for device in self.state.devices.values())
         if not (self.running or self.starting or copying or held_up):
             waiting = [item.function if hasattr(item, "function") else item for item in self.state.node.ready.head(5)]
             assert not waiting, f"stalled: {[(item.spec.key, item.lane_key, list(item.extents)) for item in waiting]}"
@@ -50,9 +50,11 @@ class Driver:
                 self.starting[command.lane] = command
             case ev.StopLane():
                 lane = self.state.lanes[command.lane]
-                assert lane.request is None or (lane.active and self.now_ns - lane.since_ns >= self.state.settings.hang_ns), "idle, or hung"
-                del self.up[command.lane]
+                hung = lane.active and self.now_ns - lane.since_ns >= self.state.settings.hang_ns
+                assert lane.request is None or hung or lane.device.lost, "idle, or hung, or its device is lost"
+                self.up.pop(command.lane, None)
                 self.running.pop(command.lane, None)
+                self.paused.pop(command.lane, None)
                 self.preempted.discard(command.lane)
                 self.starting[command.lane] = ev.StartLane(command.lane, "", 1, FunctionClass.BEST_EFFORT)
             case ev.Run():
@@ -144,11 +146,21 @@ class Driver:
             del self.copies[copy], self.copied[copy]
         return self.send(ev.LaneLost(lane))
 
+    def bring_back(self, device: str) -> None:
+        """A lost device is up again, once its old lanes have gone."""
+        found = self.state.devices[device]
+        if found.lost:
+            for lane in list(found.lanes):
+                self.lose(lane)
+            self.send(ev.DeviceUp(device))
+
     def drain(self, step_ns: int = 5 * MS, steps: int = 20_000) -> None:
         """Lets everything that was accepted come to its end."""
         for _ in range(steps):
             if self.accepted == set(self.outcomes):
                 return
+            for device in self.state.devices:
+                self.bring_back(device)
             self.lanes_up()
             self.copy_all()
             for lane in list(self.preempted):

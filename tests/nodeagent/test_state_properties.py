@@ -23,7 +23,8 @@ class History:
 
     def __init__(self, chance: random.Random, devices: int) -> None:
         self.chance = chance
-        self.driver = Driver(devices, 64 * MIB, Settings(chunk_bytes=MIB, max_lanes_per_device=4, hang_ns=2 * S))
+        settings = Settings(chunk_bytes=MIB, max_lanes_per_device=4, hang_ns=2 * S)
+        self.driver = Driver(devices, 64 * MIB, settings, exclusive=chance.random() < 0.2)
         self.names: list[str] = []
         self.requests = 0
         self.generations = 0
@@ -41,6 +42,8 @@ class History:
             (self.declare, 1),
             (self.share, 1),
             (self.lose, 1),
+            (self.lose_device, 0.2),
+            (self.bring_back, 1),
             (self.cancel, 1),
             (self.tick, 1),
             (self.remove, 0.3),
@@ -106,6 +109,12 @@ class History:
     def lose(self) -> None:
         if self.driver.up:
             self.driver.lose(self.chance.choice(sorted(self.driver.up)))
+
+    def lose_device(self) -> None:
+        self.driver.send(ev.DeviceLost(self.chance.choice(sorted(self.driver.state.devices))))
+
+    def bring_back(self) -> None:
+        self.driver.bring_back(self.chance.choice(sorted(self.driver.state.devices)))
 
     def tick(self) -> None:
         self.driver.send(ev.Tick())
