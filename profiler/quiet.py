@@ -15,8 +15,37 @@ from contracts.errors import Refused
 from contracts.wire import NodeStatus
 from profiler.session import NAMESPACE, Session
 
-_QUIET_CORES = 0.25
+QUIET_CORES = 0.25
 _LOOK_S = 1.0
+
+
+class Machine:
+    """The CPU time that others spend from now on: who is neither one of these processes nor was started by one."""
+
+    def __init__(self, *pids: int) -> None:
+        self._pids = pids
+        self._busy_s, self._own_s = self._spent()
+        self._begun = time.monotonic()
+
+    def cores(self) -> float:
+        """How many cores others have used on average."""
+        busy_s, own_s = self._spent()
+        own = sum(max(0.0, spent - self._own_s.get(pid, 0.0)) for pid, spent in own_s.items())
+        return (busy_s - self._busy_s - own) / max(1e-3, time.monotonic() - self._begun)
+
+    def _spent(self) -> tuple[float, dict[int, float]]:
+        """(CPU seconds of the whole machine, CPU seconds of each own process), since their starts."""
+        times = psutil.cpu_times()
+        busy_s = sum(times) - times.idle - times.iowait - times.guest - times.guest_nice
+        own: dict[int, float] = {}
+        for pid in self._pids:
+            with contextlib.suppress(psutil.Error):
+                root = psutil.Process(pid)
+                for process in (root, *root.children(recursive=True)):
+                    with contextlib.suppress(psutil.Error):
+                        spent = process.cpu_times()
+                        own[process.pid] = spent.user + spent.system
+        return busy_s, own
 
 
 class Watch:
@@ -30,10 +59,8 @@ class Watch:
     def begin(self) -> None:
         """From now on."""
         status = self._session.status()
-        self._pid = status.pid
         self._requests = _foreign_requests(status)
-        self._busy_s, self._own_s = self._machine()
-        self._begun = time.monotonic()
+        self._machine = Machine(os.getpid(), status.pid) if self._cpu else None
 
     def end(self) -> str:
         """What else ran since `begin`."""
@@ -44,12 +71,8 @@ class Watch:
         queued = sum(line.queued for line in status.functions if not line.key.startswith(f"{NAMESPACE}/"))
         if queued:
             return f"{queued} requests of other functions are queued"
-        if not self._cpu:
-            return ""
-        busy_s, own_s = self._machine()
-        own = sum(max(0.0, spent - self._own_s.get(pid, 0.0)) for pid, spent in own_s.items())
-        cores = (busy_s - self._busy_s - own) / max(1e-3, time.monotonic() - self._begun)
-        return f"other processes use {cores:.1f} cores" if cores > _QUIET_CORES else ""
+        cores = self._machine.cores() if self._machine is not None else 0.0
+        return f"other processes use {cores:.1f} cores" if cores > QUIET_CORES else ""
 
     def require_quiet(self) -> None:
         """Looks for a moment; Refused when something else runs."""
@@ -58,22 +81,6 @@ class Watch:
         found = self.end()
         if found:
             raise Refused(f"{found}: measure when nothing else runs, or with --beside-load, which marks what was measured beside load")
-
-    def _machine(self) -> tuple[float, dict[int, float]]:
-        """(CPU seconds of the whole machine, CPU seconds of each process that is the sweep's own), since their starts."""
-        if not self._cpu:
-            return 0.0, {}
-        times = psutil.cpu_times()
-        busy_s = sum(times) - times.idle - times.iowait - times.guest - times.guest_nice
-        own: dict[int, float] = {}
-        for pid in {os.getpid(), self._pid}:
-            with contextlib.suppress(psutil.Error):
-                root = psutil.Process(pid)
-                for process in (root, *root.children(recursive=True)):
-                    with contextlib.suppress(psutil.Error):
-                        spent = process.cpu_times()
-                        own[process.pid] = spent.user + spent.system
-        return busy_s, own
 
 
 def _foreign_requests(status: NodeStatus) -> int:

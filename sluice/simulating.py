@@ -13,23 +13,28 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from simulator import page, report
+from contracts.errors import InvalidValue
+from simulator import against, page, report
 from simulator.run import check, simulate
 from simulator.scenario import Scenario, build, load
 from simulator.timeline import Timeline
 
 
-def run(path: Path, policies: tuple[str, ...], seeds: int, processes: int, output: Path | None, as_json: bool) -> None:
-    """Simulates a scenario file; InvalidArtifact or InvalidValue, before anything runs, when it is wrong."""
+def run(path: Path, policies: tuple[str, ...], seeds: int, processes: int, output: Path | None, real: Path | None, as_json: bool) -> None:
+    """Simulates a scenario file, and says how far Sluice's policy is off a `real` run; InvalidArtifact or InvalidValue when a file is wrong."""
     read = load(path)
     asked = msgspec.structs.replace(read, policies=policies or read.policies)
     check(asked.policies)
     build(asked, 0)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
+    record = None if real is None else _record(real, asked, seeds)
     done = _all(asked, seeds, processes, output)
     figures = {policy: [done[policy, seed].figures for seed in range(seeds)] for policy in asked.policies}
     found = report.document(asked, figures, {policy: done[policy, 0].functions for policy in asked.policies})
+    lines = [] if record is None else against.compare(record, done["sluice", record.seed].figures, done["sluice", record.seed].functions)
+    if record is not None:
+        found["against"] = msgspec.to_builtins(lines)
     if output is not None:
         (output / "report.json").write_text(json.dumps(found, indent=1))
         page.write(output, asked, figures, {policy: done[policy, 0].curve for policy in asked.policies}, found)
@@ -37,6 +42,14 @@ def run(path: Path, policies: tuple[str, ...], seeds: int, processes: int, outpu
         click.echo(json.dumps(found))
     else:
         Console().print(report.table(asked, figures))
+        if record is not None:
+            Console().print(against.table(record, lines))
+
+
+def _record(path: Path, scenario: Scenario, seeds: int) -> against.Real:
+    if "sluice" not in scenario.policies:
+        raise InvalidValue("a real run is of the policy sluice, which is not simulated", key="--against", value=str(path))
+    return against.read(path, scenario.name, seeds)
 
 
 @dataclass(frozen=True, slots=True)

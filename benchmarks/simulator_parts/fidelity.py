@@ -1,0 +1,271 @@
+"""Fidelity: one scenario run for real on the CPU device and simulated with its measured profile, under the very same arrivals.
+
+Six functions of the catalogue share a device that holds less than all their weights, so that they are swapped in all the time. What the simulator is
+told was measured before: run times by a sweep of the profiler, and by single requests through HTTP, before and after the run, what lies around a run
+and what it costs to be cold. The whole of it can be simulated again: `sluice simulate benchmarks/results/fidelity/scenario.yaml --against
+benchmarks/results/fidelity/real.json`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from scipy.optimize import nnls
+
+from benchmarks.open_loop import Node, Reply, Request, play, serving
+from benchmarks.result import Metric
+from contracts.functions import Function, ModelFormat, ModelRef, Share, Slo
+from contracts.units import MIB, MS, S
+from models.samples import sample_inputs
+from profiler.estimator import Estimator
+from profiler.measure import Sampling
+from profiler.planner import planners
+from profiler.points import Points, read
+from profiler.quiet import QUIET_CORES, Machine
+from profiler.session import NodeOptions, started
+from profiler.sweep import Plan, sweep
+from simulator import against, report
+from simulator.against import Line, Real, RealFunction
+from simulator.run import simulate
+from simulator.scenario import World, build, load
+from sluice.control import read_status
+
+SEED = 7
+_KEPT = Path(__file__).parents[1] / "results" / "fidelity"
+_DEVICE_BYTES = 320 * MIB
+_LINK_BYTES_PER_S = 1_000_000_000
+_MAX_BATCH = 4
+_SLO_MS = 1000.0
+_QUOTA_PERCENT = 15.0
+_THINK_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """A function of the catalogue and how it is called."""
+
+    source: str
+    per_minute: float
+    pattern: str = "poisson"
+
+
+_LOADS = {
+    "minilm": _Load("minilm", 200),
+    "resnet": _Load("resnet50?size=128", 80),
+    "vit": _Load("vit-b?image_size=112&num_hidden_layers=4", 80),
+    "mlp": _Load("mlp?width=2048&depth=6", 200, "bursty"),
+    "cnn": _Load("cnn?size=128", 240),
+    "vad": _Load("silero-vad", 240, "bursty"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """How long it all takes."""
+
+    span_s: float
+    warm_up_s: float
+    singles: int
+    sampling: Sampling
+
+
+_FULL = _Size(span_s=120, warm_up_s=10, singles=30, sampling=Sampling(spread=0.01, enough=300, seconds=3, most_seconds=6))
+_QUICK = _Size(span_s=20, warm_up_s=2, singles=6, sampling=Sampling(spread=0.05, seconds=0.3, most_seconds=0.6))
+
+
+def measure(quick: bool) -> dict[str, Metric]:
+    """Errors of the simulated latencies and GPU seconds; six minutes, `quick` one. A full run leaves its files under results/fidelity."""
+    with tempfile.TemporaryDirectory(prefix="sluice-fidelity-") as folder:
+        found = _run(Path(folder), _QUICK if quick else _FULL)
+        if not quick:
+            shutil.copytree(folder, _KEPT, dirs_exist_ok=True)
+    return found
+
+
+def _run(folder: Path, size: _Size) -> dict[str, Metric]:
+    functions = [_function(name, each) for name, each in _LOADS.items()]
+    table = folder / "points.parquet"
+    with started(NodeOptions(device_bytes=_DEVICE_BYTES, link_bytes_per_s=_LINK_BYTES_PER_S)) as session:
+        sweep(functions, table, planners(Estimator()), Plan((1, 2, _MAX_BATCH), (100,), (100,), None, None, True, SEED, size.sampling), session)
+    points = read(table)
+    world = _world(folder, size, points, {})
+    requests = {function.name: Request.of(function, _row(function)) for function in functions}
+    with serving(functions, "--device-memory", str(_DEVICE_BYTES), "--link-bandwidth", str(_LINK_BYTES_PER_S)) as node:
+        before = _singles(node, requests, points, size.singles)
+        real = _real(node, world, requests)
+        after = _singles(node, requests, points, size.singles)
+    (folder / "real.json").write_bytes(against.encode(real))
+    calibration = _Calibration.of(points, {name: before[name] + after[name] for name in before})
+    world = _world(folder, size, points, calibration.keys())
+    outcome = simulate("sluice", world)
+    lines = against.compare(real, report.figures(world, outcome), report.functions(world, outcome))
+    return _metrics(lines, real, report.figures(world, outcome), calibration, _drift(before, after))
+
+
+def _function(name: str, each: _Load) -> Function:
+    slo = Slo(int(_SLO_MS * MS))
+    return Function(name, ModelRef(ModelFormat.CATALOG, each.source), share=Share.of(100, _QUOTA_PERCENT), slo=slo, max_batch=_MAX_BATCH)
+
+
+def _row(function: Function) -> dict[str, Any]:
+    """One row, the same that a sweep's batches begin with."""
+    return {name: array[:1] for name, array in sample_inputs(function.model, _MAX_BATCH, SEED).items()}
+
+
+def _real(node: Node, world: World, requests: Mapping[str, Request]) -> Real:
+    """Sends the scenario's arrivals; latencies from the end of the warm-up on."""
+    names = [function.name for function in world.functions]
+    due = list(zip((world.arrivals.at_ns / S).tolist(), (names[number] for number in world.arrivals.function), strict=True))
+    before, machine = read_status(node.run_dir).devices[0], Machine(os.getpid())
+    replies = play(node, [(at, requests[name]) for at, name in due])
+    after, cores = read_status(node.run_dir).devices[0], machine.cores()
+    counted: dict[str, list[Reply | None]] = {name: [] for name in names}
+    for (at, name), reply in zip(due, replies, strict=True):
+        if at >= world.scenario.warm_up_s:
+            counted[name].append(reply)
+    return Real(
+        world.scenario.name,
+        world.seed,
+        tuple(_seen(function.key, counted[function.name]) for function in world.functions),
+        gpu_s=(after.busy_ns - before.busy_ns) / S,
+        swaps=after.swaps - before.swaps,
+        beside=f"other processes use {cores:.1f} cores" if cores > QUIET_CORES else "",
+    )
+
+
+def _seen(key: str, replies: Sequence[Reply | None]) -> RealFunction:
+    answered = [reply for reply in replies if reply is not None]
+    return RealFunction(key, tuple(round(reply.latency_ms, 3) for reply in answered), len(replies) - len(answered))
+
+
+def _singles(node: Node, requests: Mapping[str, Request], points: Points, times: int) -> dict[str, list[Reply]]:
+    """Single requests of all functions in random order, each sent when the one before must have been answered."""
+    patience_s = {point.function: (point.gpu_ms + point.swap_ms) / 1e3 + _THINK_S for point in points.points if point.batch == 1}
+    names = np.random.default_rng(SEED).permutation(list(requests) * times).tolist()
+    due, at_s = [], _THINK_S
+    for name in names:
+        due.append((at_s, requests[name]))
+        at_s += 1.5 * patience_s[f"default/{name}"]
+    found: dict[str, list[Reply]] = {name: [] for name in requests}
+    for name, reply in zip(names, play(node, due), strict=True):
+        if reply is not None:
+            found[name].append(reply)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Calibration:
+    """What single requests through HTTP say beyond the profile.
+
+    `scale`: the GPU time of a warm run, between other functions' runs, over that of the profile, whose runs follow each other; `around_ms`: what a
+    request spends on the way; `cold`: the GPU time of a run whose weights are being copied over that of a warm one; `tail` and `copy_start_ms`: by
+    how much a cold run outlasts its copy, as a part of the run and as a constant.
+    """
+
+    scale: Mapping[str, float]
+    around_ms: Mapping[str, float]
+    cold: float
+    tail: float
+    copy_start_ms: float
+
+    @classmethod
+    def of(cls, points: Points, singles: Mapping[str, Sequence[Reply]]) -> _Calibration:
+        """From replies to single requests."""
+        profiled = {point.function.partition("/")[2]: point for point in points.points if point.batch == 1}
+        warm = {name: [reply for reply in replies if not reply.cold] for name, replies in singles.items()}
+        warm_ms = {name: statistics.median(reply.run_ms for reply in replies) for name, replies in warm.items()}
+        cold = [(profiled[name], reply, warm_ms[name]) for name, replies in singles.items() for reply in replies if reply.cold]
+        outlasts = [(point, reply, reply.swap_ms + reply.run_ms - point.device_bytes * 1e3 / _LINK_BYTES_PER_S) for point, reply, _ in cold]
+        copied = [(reply.run_ms, 1.0, outlasts_ms) for _, reply, outlasts_ms in outlasts if reply.swap_ms > reply.run_ms / 10]
+        (tail, start_ms), _ = nnls(np.array([row[:2] for row in copied]), np.array([row[2] for row in copied])) if copied else ((0.1, 0.0), 0)
+        return cls(
+            {name: warm_ms[name] / (profiled[name].gpu_ms + profiled[name].service_p50_ms - profiled[name].service_mean_ms) for name in singles},
+            {name: statistics.median(reply.around_ms + reply.queue_ms for reply in replies) for name, replies in singles.items()},
+            statistics.median(reply.run_ms / usual_ms for _, reply, usual_ms in cold) if cold else 1.0,
+            min(1.0, float(tail)),
+            float(start_ms),
+        )
+
+    def keys(self) -> dict[str, Any]:
+        """Of a scenario file."""
+        hardware = {"tail": round(self.tail, 3), "cold_slowdown": round(self.cold, 3), "copy_start_ns": round(self.copy_start_ms * MS)}
+        return {"hardware": hardware, "around_ms": dict(self.around_ms), "scale": dict(self.scale)}
+
+
+def _world(folder: Path, size: _Size, points: Points, calibrated: Mapping[str, Any]) -> World:
+    """The scenario's file, written and read again; its arrivals do not depend on what is calibrated."""
+    weight_bytes = {point.function.partition("/")[2]: point.device_bytes for point in points.points}
+    groups = [
+        {
+            "name": name,
+            "weights": str(weight_bytes[name]),
+            "load": {"per_minute": each.per_minute, "pattern": each.pattern},
+            "time": {"profile": "points.parquet", "models": [name], "scale": round(calibrated.get("scale", {}).get(name, 1.0), 4)},
+            "slo_ms": _SLO_MS,
+            "max_batch": _MAX_BATCH,
+            "quota_percent": _QUOTA_PERCENT,
+            "around_ms": round(calibrated.get("around_ms", {}).get(name, 0.0), 3),
+        }
+        for name, each in _LOADS.items()
+    ]
+    document = {
+        "name": "fidelity",
+        "span_s": size.span_s,
+        "warm_up_s": size.warm_up_s,
+        "seed": SEED,
+        "devices": {"memory": str(_DEVICE_BYTES), "link_gb_per_s": _LINK_BYTES_PER_S / 1e9},
+        "hardware": calibrated.get("hardware", {}),
+        "functions": groups,
+    }
+    path = folder / "scenario.yaml"
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return build(load(path), 0)
+
+
+def _drift(before: Mapping[str, Sequence[Reply]], after: Mapping[str, Sequence[Reply]]) -> float:
+    """How much slower single runs were after the load than before it."""
+
+    def usual_ms(replies: Sequence[Reply]) -> float:
+        return statistics.median(reply.run_ms for reply in replies if not reply.cold)
+
+    return statistics.median(usual_ms(after[name]) / usual_ms(before[name]) for name in before) - 1
+
+
+def _metrics(lines: Sequence[Line], real: Real, figures: Mapping[str, float], calibration: _Calibration, drift: float) -> dict[str, Metric]:
+    found = {line.figure: line for line in lines}
+    each = {line.figure: abs(line.error_percent) for line in lines if " p" in line.figure and line.error_percent is not None}
+
+    def error(figure: str) -> float:
+        return abs(found[figure].error_percent or 0.0)
+
+    def worst(percentile: str) -> float:
+        return max(off for figure, off in each.items() if f" {percentile} " in figure)
+
+    return {
+        "fidelity_p50_error": Metric(error("p50 ms"), "%", 10),
+        "fidelity_p99_error": Metric(error("p99 ms"), "%", 20),
+        "fidelity_gpu_seconds_error": Metric(error("GPU seconds"), "%", 5),
+        "fidelity_worst_function_p50_error": Metric(worst("p50"), "%"),
+        "fidelity_worst_function_p99_error": Metric(worst("p99"), "%"),
+        "fidelity_swaps_error": Metric(error("swaps"), "%"),
+        "fidelity_requests": Metric(found["answered"].real, "requests"),
+        "fidelity_failed": Metric(sum(one.failed for one in real.functions), "requests", 0),
+        "fidelity_p50": Metric(found["p50 ms"].real, "ms"),
+        "fidelity_p99": Metric(found["p99 ms"].real, "ms"),
+        "fidelity_gpu_seconds": Metric(real.gpu_s, "s"),
+        "fidelity_swaps": Metric(real.swaps, "swaps"),
+        "fidelity_cold": Metric(figures["cold_percent"], "% of requests, simulated"),
+        "fidelity_around": Metric(statistics.fmean(calibration.around_ms.values()), "ms"),
+        "fidelity_cold_slowdown": Metric(calibration.cold, "times the warm GPU time"),
+        "fidelity_machine_drift": Metric(100 * drift, "% slower after the run than before"),
+        "fidelity_machine_quiet": Metric(float(not real.beside), "1: nothing else used the machine", 1, "higher"),
+    }
