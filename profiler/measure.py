@@ -1,7 +1,7 @@
 """One point: a function's latency in one configuration, through the agent and a real lane.
 
 Owns how a point is measured: the share set live with the quota as the limit, so that it binds; batches one at a time, the next at the answer; the
-saved quota used up first; as many samples as their spread asks for. Knows no grid and writes nothing.
+account brought to its steady state first; as many samples as their spread asks for. Knows no grid and writes nothing.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from profiler.points import Config
 from profiler.session import Caller, Session
 
 _WARM_UP = 2
-_WINDOW_NS = 100 * MS
-_DRAINED = 0.5
+_LEAST_BP = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +77,8 @@ class _Samples:
         self.queue_ns.append(answer.queue_ns)
         self.run_ns.append(answer.run_ns)
 
-    def suffice(self, sampling: Sampling, begun_ns: int) -> bool:
-        count, passed_s = len(self.latency_ns), (time.monotonic_ns() - begun_ns) / S
+    def suffice(self, sampling: Sampling) -> bool:
+        count, passed_s = len(self.latency_ns), sum(self.latency_ns) / S
         if passed_s >= sampling.most_seconds and count >= 2:
             return True
         if count < sampling.fewest or (count < sampling.enough and passed_s < sampling.seconds):
@@ -88,37 +87,33 @@ class _Samples:
         return error_ns <= sampling.spread * statistics.fmean(self.latency_ns)
 
 
-def measure(session: Session, caller: Caller, key: str, config: Config, sampling: Sampling) -> Measured:
-    """Measures one configuration of a function. The caller's batch is the configuration's."""
+def measure(session: Session, caller: Caller, key: str, config: Config, sampling: Sampling, rest: Callable[[float], None] = time.sleep) -> Measured:
+    """Measures one configuration of a function. The caller's batch is the configuration's. `rest` lets the function stand idle for some seconds."""
     session.set_share(key, Share.of(config.sm_percent, 100))
     for _ in range(_WARM_UP):
         caller.call()
-    share = Share.of(config.sm_percent, config.quota_percent, config.quota_percent)
-    session.set_share(key, share)
-    _drain(caller, share)
+    _settle(session, caller, key, Share.of(config.sm_percent, config.quota_percent, config.quota_percent))
     samples = _Samples()
-    begun_ns = time.monotonic_ns()
-    while not samples.suffice(sampling, begun_ns):
+    while not samples.suffice(sampling):
         answer, took_ns = caller.call()
         if not answer.cold:
             samples.add(answer, took_ns)
     # What the last batch owes is paid at full quota, in its own time: at the next one's quota it could take minutes.
     session.set_share(key, Share.of(config.sm_percent, 100))
-    time.sleep(samples.run_ns[-1] / S)
+    rest(samples.run_ns[-1] / S)
     service_ns = [took - queued for took, queued in zip(samples.latency_ns, samples.queue_ns, strict=True)]
     return Measured(len(service_ns), Spread.of(samples.latency_ns), Spread.of(service_ns), statistics.fmean(samples.run_ns) / MS)
 
 
-def _drain(caller: Caller, share: Share) -> None:
-    """Uses up what the function has saved of its quota, a window's worth at most: then it waits for its turn as it will from now on."""
-    quota = share.quota_percent / 100
-    if quota >= 1:
-        return
-    used_ns = waited_ns = run_ns = 0
-    while used_ns < _WINDOW_NS * quota / (1 - quota) and waited_ns <= _DRAINED * run_ns * (1 / quota - 1):
-        answer, _ = caller.call()
-        waited_ns, run_ns = answer.queue_ns, answer.run_ns
-        used_ns += run_ns
+def _settle(session: Session, caller: Caller, key: str, share: Share) -> None:
+    """Brings the function's account to where it stays while batches follow each other: nothing saved, one batch owed.
+
+    Of what was saved no more is kept than a window of the new share's worth, which is next to nothing of the least share. The first batch then
+    starts at once, or when what is still owed is paid; those behind it wait for what the one before cost.
+    """
+    session.set_share(key, Share(share.sm_percent, _LEAST_BP, _LEAST_BP))
+    session.set_share(key, share)
+    caller.call()
 
 
 def cold_ms(caller: Caller, chill: Callable[[], None], times: int = 5) -> float:
