@@ -33,7 +33,12 @@ def _attend(projected: tuple[Tensor, ...], heads: int, mask: Tensor | None = Non
 
 
 def _check_tokens(ids: Tensor, vocabulary: int, positions: int) -> None:
-    """InvalidTensor for what an embedding table does not hold: on a GPU a bad index would cost the whole context."""
+    """InvalidTensor for what an embedding table does not hold.
+
+    Looks at tensors of the CPU only: on a GPU that would make the host wait, so `check` must have seen them before (a bad index costs the context).
+    """
+    if ids.is_cuda:
+        return
     if ids.shape[1] > positions:
         raise InvalidTensor(f"has more tokens than the model has positions ({positions})", key="input_ids", value=ids.shape[1])
     low, high = ids.aminmax()
@@ -107,9 +112,13 @@ class Bert(nn.Module):
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(_BertLayer(config) for _ in range(config.num_hidden_layers))})
         self.pooler = _Dense(config.hidden_size, config.hidden_size) if config.output == "pooled" else None
 
+    def check(self, input_ids: Tensor, attention_mask: Tensor) -> None:
+        """As models.program.Executable.check."""
+        _check_tokens(input_ids, self.config.vocab_size, self.config.max_position_embeddings)
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Input ids and attention mask [batch, seq] -> embedding [batch, hidden_size]."""
-        _check_tokens(input_ids, self.config.vocab_size, self.config.max_position_embeddings)
+        self.check(input_ids, attention_mask)
         x = self.embeddings(input_ids)
         present = attention_mask.ne(0)
         mask = x.new_zeros(present.shape).masked_fill(~present, torch.finfo(x.dtype).min)[:, None, None, :]
@@ -203,9 +212,13 @@ class Gpt2(nn.Module):
         self.h = nn.ModuleList(_GptLayer(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
 
+    def check(self, input_ids: Tensor) -> None:
+        """As models.program.Executable.check."""
+        _check_tokens(input_ids, self.config.vocab_size, self.config.n_positions)
+
     def forward(self, input_ids: Tensor) -> Tensor:
         """Input ids [batch, seq] -> logits of the next token [batch, vocab_size]."""
-        _check_tokens(input_ids, self.config.vocab_size, self.config.n_positions)
+        self.check(input_ids)
         x = self.wte(input_ids) + self.wpe(torch.arange(input_ids.shape[1], device=input_ids.device))
         for layer in self.h:
             x = layer(x)

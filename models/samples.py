@@ -67,7 +67,7 @@ def sample_inputs(ref: ModelRef, rows: int, seed: int) -> Arrays:
             return _texts(random, rows, config.vocab_size, min(_TOKEN_LIMIT, config.n_positions), masked=False)
         case catalogue.Silero():
             return {"audio": _speech(random, rows, chunks=int(random.integers(8, 33)))}
-        case catalogue.Vit() | catalogue.ResNet50() | catalogue.Cnn():
+        case catalogue.Vit() | catalogue.ResNet() | catalogue.Cnn():
             spec = signature.inputs[0]
             return {spec.name: _images(random, rows, int(spec.shape[1]), int(spec.shape[2]))}
     return _plain(random, rows, signature)

@@ -1,6 +1,7 @@
 """The fork server: loads torch and the networks once, then forks a lane for each Spawn on its socket. The end of the stream ends it, not its lanes.
 
-Stays single-threaded and runs no model, so that a fork is safe. Its lanes are reaped by the kernel; the agent learns of their end by their channels.
+Stays single-threaded, runs no model and never asks CUDA for anything, so that a fork is safe. Its lanes are reaped by the kernel; the agent learns of
+their end by their channels.
 """
 
 from __future__ import annotations
@@ -35,15 +36,18 @@ def main() -> None:
         if os.fork() == 0:
             channel.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.environ.update(spawn.environment)
+            if spawn.cpus:
+                os.sched_setaffinity(0, spawn.cpus)
             lane.serve(spawn, fds)
         for fd in fds:
             os.close(fd)
 
 
 def _load_networks() -> None:
-    """Builds each network once (without weights): the first one costs torch's lazy imports, a second or more, which no lane should pay."""
-    for entry in catalogue.ENTRIES.values():
-        networks.construct(entry.defaults)
+    """Builds one network of each architecture (without weights): the first costs torch's lazy imports, a second or more, which no lane should pay."""
+    for config in {entry.architecture: entry.defaults for entry in reversed(catalogue.ENTRIES.values())}.values():
+        networks.construct(config)
     gc.collect()
     gc.freeze()
 

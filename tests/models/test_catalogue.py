@@ -78,7 +78,17 @@ def test_a_seed_fixes_the_weights_and_another_seed_changes_every_matrix() -> Non
 
 
 def test_sizes_of_the_default_networks_are_those_of_the_papers() -> None:
-    expected = {"resnet50": 25_557_032, "bert-base": 109_482_240, "vit-b": 85_798_656, "gpt2": 124_439_808, "mlp": 952_384}
+    expected = {
+        "resnet50": 25_557_032,
+        "resnet152": 60_192_808,
+        "bert-base": 109_482_240,
+        "bert-large": 335_141_888,
+        "vit-b": 85_798_656,
+        "vit-l": 303_301_632,
+        "gpt2": 124_439_808,
+        "gpt2-xl": 1_557_611_200,
+        "mlp": 952_384,
+    }
     for name, parameters in expected.items():
         module = networks.construct(catalogue.parse(name).config)
         assert sum(parameter.numel() for parameter in module.parameters()) == parameters, name
