@@ -87,6 +87,14 @@ def of_many(names: Sequence[str], at_ns: Sequence[npt.NDArray[np.int64]], span_n
     return _sorted(tuple(names), np.concatenate([*at_ns, np.empty(0, np.int64)]), function, span_ns)
 
 
+def of_counts(
+    names: Sequence[str], starts_ns: npt.NDArray[np.int64], step_ns: int, counts: npt.NDArray[np.int64], chance: np.random.Generator
+) -> Arrivals:
+    """From how often each function was called (a row of `counts`) in the steps that begin at `starts_ns`; when in its step a call comes is chance."""
+    at_ns = [np.repeat(starts_ns, row) + chance.integers(0, step_ns, row.sum()) for row in counts]
+    return of_many(names, at_ns, int(starts_ns[-1]) + step_ns)
+
+
 def _sorted(names: tuple[str, ...], at_ns: npt.NDArray[np.int64], function: npt.NDArray[np.int32], span_ns: int) -> Arrivals:
     order = np.argsort(at_ns, kind="stable")
     return Arrivals(names, at_ns[order].astype(np.int64), function[order].astype(np.int32), span_ns)

@@ -18,7 +18,7 @@ from pyarrow import csv
 
 from contracts.errors import InvalidArtifact
 from contracts.units import S
-from simulator.arrivals import Arrivals, of_many
+from simulator.arrivals import Arrivals, of_counts, of_many
 
 _MINUTE_NS = 60 * S
 Column = npt.NDArray[Any]
@@ -56,8 +56,7 @@ def _azure_2019(table: pa.Table, _: str, chance: np.random.Generator) -> Arrival
     counts = np.stack([_numbers(table, name) for name in minutes], axis=1).astype(np.int64)
     names = pc.binary_join_element_wise(table["HashApp"], table["HashFunction"], "/").to_pylist()
     starts = (np.array([int(minute) for minute in minutes]) - 1) * _MINUTE_NS
-    at_ns = [np.repeat(starts, row) + chance.integers(0, _MINUTE_NS, row.sum()) for row in counts]
-    return of_many(names, at_ns, int(starts[-1]) + _MINUTE_NS)
+    return of_counts(names, starts, _MINUTE_NS, counts, chance)
 
 
 def _azure_llm(table: pa.Table, name: str, _: np.random.Generator) -> Arrivals:

@@ -12,7 +12,7 @@ import msgspec
 from contracts.errors import NotFound
 from contracts.functions import Share
 from contracts.wire import FunctionStatus, NodeStatus, SetShare
-from sluice import control, doctor, options, profile, simulate, status
+from sluice import control, doctor, mig, options, plan_options, profile, simulate, status
 from sluice.documents import read_functions
 from sluice.plan import Plan, default_device_memory, default_host_memory, default_run_dir
 from sluice.ports import free_port
@@ -38,6 +38,7 @@ def _devices(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ..
         "sluice doctor                                             can this machine serve?",
         "sluice profile need minilm --slo-ms 200 --rate 20         the smallest share that keeps an objective",
         "sluice simulate scenario.yaml -o out                      the same policies on a load that you describe",
+        "sluice plan functions.yaml --prometheus URL               how many devices would these functions need?",
     ),
 )
 @click.version_option(package_name="sluice")
@@ -45,8 +46,10 @@ def main() -> None:
     """Serve many models on few GPUs, each inside its share."""
 
 
+main.add_command(mig.command)
 main.add_command(profile.command)
 main.add_command(simulate.command)
+main.add_command(plan_options.command)
 
 
 @main.command(

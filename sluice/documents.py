@@ -33,7 +33,7 @@ def read_functions(paths: Sequence[Path]) -> list[Function]:
     found: dict[str, tuple[Function, str]] = {}
     for path in paths:
         before = len(found)
-        for place, document in _documents(path):
+        for place, document in documents(path):
             try:
                 function = from_inference_service(document)
             except InvalidFunction as error:
@@ -50,8 +50,11 @@ def read_functions(paths: Sequence[Path]) -> list[Function]:
     return [function for function, _ in found.values()]
 
 
-def _documents(path: Path) -> Iterator[tuple[str, object]]:
-    """("file, document n", document) for each document that is not empty; n counts from 1 and counts empty ones too."""
+def documents(path: Path) -> Iterator[tuple[str, object]]:
+    """("file, document n", document) for each document that is not empty; n counts from 1 and counts empty ones too.
+
+    The items of a List, as `kubectl get -o yaml` writes it, count as documents of their own.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -61,7 +64,10 @@ def _documents(path: Path) -> Iterator[tuple[str, object]]:
     try:
         for document in yaml.load_all(text, _Loader):
             number += 1
-            if document is not None:
+            if isinstance(document, dict) and document.get("kind") == "List" and isinstance(document.get("items"), list):
+                for item, part in enumerate(document["items"], 1):
+                    yield f"{path}, document {number}, item {item}", part
+            elif document is not None:
                 yield f"{path}, document {number}", document
     except (yaml.YAMLError, RecursionError) as error:
         raise InvalidFunction(f"{path}, document {number + 1}: is no YAML: {' '.join(str(error).split())}") from None

@@ -1,0 +1,230 @@
+"""How many devices keep the objectives of some functions: simulated with the node agent's own code, and found by bisection.
+
+Owns the trials: which functions go to which node, which spells of the load are played, and when an objective counts as kept. Decides nothing about
+who should share at all (`simulator.planning.plan`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from contracts.functions import Function, Share
+from contracts.units import MS, WHOLE_QUOTA_BP, S
+from simulator.arrivals import Arrivals, of_many
+from simulator.latency import Latency
+from simulator.node import Hardware
+from simulator.planning.demand import busiest, by_function
+from simulator.planning.wanted import Level, Wanted
+from simulator.record import Histogram
+from simulator.run import simulate
+from simulator.scenario import Devices, Scenario, World
+
+_GUARANTEED_BP = WHOLE_QUOTA_BP * 9 // 10
+_FULL = 0.7
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """What devices there are: memory of each in bytes, how many on a node, their links, and what HTTP and sockets add to a request."""
+
+    memory_bytes: int
+    per_node: int = 8
+    link_gb_per_s: float = 12.0
+    per_link: int = 1
+    around_ms: float = 0.5
+    hardware: Hardware = Hardware()
+
+
+class Spells(msgspec.Struct, frozen=True):
+    """The `count` busiest spells of this length are played, each after a `warm_up_ns` that does not count."""
+
+    length_ns: int = 600 * S
+    count: int = 2
+    warm_up_ns: int = 60 * S
+
+
+class Tally:
+    """What became of a function's requests in all spells and seeds: `late` are those after the objective, or without an answer."""
+
+    __slots__ = ("late", "requests", "total", "unanswered")
+
+    def __init__(self) -> None:
+        self.requests = self.late = self.unanswered = 0
+        self.total = Histogram()
+
+    def kept(self, wanted: Wanted) -> bool:
+        """Whether the objective held. One late request is forgiven where there are too few to tell a percentile."""
+        missed = self.late if wanted.guaranteed else self.unanswered
+        return missed <= max(1.0, self.requests * (100 - wanted.function.slo.percentile) / 100)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One node in one spell."""
+
+    world: World
+
+
+def play(job: Job) -> dict[str, Tally]:
+    """Simulates a node, in any process."""
+    found = {}
+    for key, record in simulate("sluice", job.world).records.items():
+        tally = found[key] = Tally()
+        tally.requests, tally.late, tally.unanswered = record.requests, record.late, record.rejected.total()
+        tally.total.merge(record.parts["total"])
+    return found
+
+
+Played = Callable[[Iterable[Job]], Iterator[dict[str, Tally]]]
+
+
+class Capacity:
+    """Trials on one load (its seeds), remembered. `players` carries out jobs, in parallel if it can; `said` hears what is tried."""
+
+    def __init__(
+        self,
+        loads: Sequence[Arrivals],
+        machine: Machine,
+        spells: Spells = Spells(),  # noqa: B008  # frozen
+        players: Played = lambda jobs: map(play, jobs),
+        said: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.machine = machine
+        self.spells = spells
+        self.span_ns = loads[0].span_ns
+        self.calls = [dict(zip(load.names, by_function(load), strict=True)) for load in loads]
+        self._players = players
+        self._said = said
+        self._known: dict[tuple[tuple[tuple[str, int], ...], int, Level], dict[str, Tally]] = {}
+
+    def fewest(self, members: Sequence[Wanted], level: Level, at_most: int) -> int | None:
+        """The fewest devices with which every member keeps its objective; None when so many do not."""
+        if not members:
+            return 0
+        low = self._least(members, level)
+        high = max(low + 1, math.ceil(self._load(members, level) / _FULL))
+        while not self.holds(members, min(high, at_most), level):
+            low = min(high, at_most)
+            if low == at_most:
+                return None
+            high = high + max(1, high // 2)
+        high = min(high, at_most)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.holds(members, middle, level) else (middle, high)
+        return high
+
+    def holds(self, members: Sequence[Wanted], devices: int, level: Level) -> bool:
+        """Whether so many devices do."""
+        found = self.tallies(members, devices, level)
+        return all(found[member.key].kept(member) for member in members)
+
+    def tallies(self, members: Sequence[Wanted], devices: int, level: Level) -> dict[str, Tally]:
+        """What the members' requests meet on so many devices."""
+        known = tuple((member.key, member.function.max_batch) for member in members), devices, level
+        if known not in self._known:
+            self._said(f"{len(members)} functions on {devices} devices, run times: {level}")
+            found = {member.key: Tally() for member in members}
+            for part in self._players(self._jobs(members, devices, level)):
+                for key, tally in part.items():
+                    _add(found[key], tally)
+            self._known[known] = found
+        return self._known[known]
+
+    def starts(self, members: Sequence[Wanted], level: Level = "mean", seed: int = 0) -> list[int]:
+        """When the spells that are played begin (ns): those in which these members have most to do."""
+        work = [member.work_ms(level) for member in members]
+        times = [self.calls[seed][member.key] for member in members]
+        return busiest(times, work, self.span_ns, self.spells.length_ns, self.spells.count)
+
+    def _load(self, members: Sequence[Wanted], level: Level) -> float:
+        """Devices kept busy in the busiest spell, batches being as good as they can be."""
+        most = 0.0
+        for seed, calls in enumerate(self.calls):
+            for start in self.starts(members, seed=seed):
+                end = min(self.span_ns, start + self.spells.length_ns)
+                work = sum(member.work_ms(level) * _within(calls[member.key], start, end) for member in members)
+                most = max(most, work * MS / (end - start))
+        return most
+
+    def _least(self, members: Sequence[Wanted], level: Level) -> int:
+        """So many devices cannot do: the work of the busiest spell would not end before the last of its requests is given up."""
+        patience_ns = max(max(member.function.timeout_ns, member.function.slo.latency_ns) for member in members)
+        spell_ns = min(self.span_ns, self.spells.length_ns)
+        return max(0, math.ceil(self._load(members, level) * spell_ns / (spell_ns + patience_ns)) - 1)
+
+    def _jobs(self, members: Sequence[Wanted], devices: int, level: Level) -> Iterator[Job]:
+        """Every spell of every seed on every node."""
+        for seed, calls in enumerate(self.calls):
+            for start in self.starts(members, seed=seed):
+                end = min(self.span_ns, start + self.spells.length_ns)
+                begin = max(0, start - self.spells.warm_up_ns)
+                cut = {member.key: calls[member.key][slice(*np.searchsorted(calls[member.key], (begin, end)))] - begin for member in members}
+                for group, count in self._nodes(members, devices, cut, level):
+                    yield Job(self._world(group, count, level, cut, end - begin, start - begin))
+
+    def _nodes(self, members: Sequence[Wanted], devices: int, cut: dict[str, npt.NDArray[np.int64]], level: Level) -> list[tuple[list[Wanted], int]]:
+        """Who goes to which node: each function, the busiest first, to the node that is least loaded for its size.
+
+        One function alone has all devices as one node: its predictors on several nodes share its requests among them.
+        """
+        nodes = -(-devices // self.machine.per_node) if len(members) > 1 else 1
+        counts = [devices // nodes + (node < devices % nodes) for node in range(nodes)]
+        work = {member.key: member.work_ms(level) * (len(cut[member.key]) + 1) for member in members}
+        loads = [0.0] * nodes
+        groups: list[list[Wanted]] = [[] for _ in range(nodes)]
+        for member in sorted(members, key=lambda member: -work[member.key]):
+            node = min(range(nodes), key=lambda node: ((loads[node] + work[member.key]) / counts[node], node))
+            loads[node] += work[member.key]
+            groups[node].append(member)
+        return [(group, count) for group, count in zip(groups, counts, strict=True) if group]
+
+    def _world(
+        self, group: Sequence[Wanted], devices: int, level: Level, cut: dict[str, npt.NDArray[np.int64]], span_ns: int, warm_up_ns: int
+    ) -> World:
+        machine = self.machine
+        layout = Devices(devices, 1, str(machine.memory_bytes), machine.link_gb_per_s, machine.per_link)
+        scenario = Scenario(
+            name="plan",
+            span_s=(span_ns - warm_up_ns) / S,
+            functions=[],
+            devices=layout,
+            warm_up_s=warm_up_ns / S,
+            hardware=machine.hardware,
+            around_ms=machine.around_ms,
+        )
+        work_ms = [member.run_ms(level) * len(cut[member.key]) for member in group]
+        functions = _shares([member.function for member in group], [each * MS / span_ns for each in work_ms], devices)
+        latencies: dict[str, Latency] = {member.key: member.known.times[level] for member in group}
+        arrivals = of_many([member.key for member in group], [cut[member.key] for member in group], span_ns)
+        weights = tuple(member.known.weight_bytes for member in group)
+        return World(scenario, machine.memory_bytes, functions, weights, (0,) * len(group), latencies, arrivals)
+
+
+def _shares(functions: Sequence[Function], used: Sequence[float], devices: int) -> tuple[Function, ...]:
+    """Quotas in proportion to what each uses of the time, and a tenth of it left to borrow; all of it fits the devices."""
+    floor = 1 / len(functions)
+    parts = [each + floor / 10 for each in used]
+    area = sum(part * function.share.sm_percent / 100 for part, function in zip(parts, functions, strict=True))
+    scale = devices * _GUARANTEED_BP / area
+    quotas = [max(1, min(_GUARANTEED_BP, int(part * scale))) for part in parts]
+    return tuple(
+        msgspec.structs.replace(function, share=Share(function.share.sm_percent, quota)) for function, quota in zip(functions, quotas, strict=True)
+    )
+
+
+def _within(times: npt.NDArray[np.int64], start: int, end: int) -> int:
+    first, last = np.searchsorted(times, (start, end))
+    return int(last - first)
+
+
+def _add(tally: Tally, other: Tally) -> None:
+    tally.requests += other.requests
+    tally.late += other.late
+    tally.unanswered += other.unanswered
+    tally.total.merge(other.total)
