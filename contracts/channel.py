@@ -8,6 +8,7 @@ from __future__ import annotations
 import array
 import asyncio
 import os
+import select
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -90,6 +91,14 @@ class Channel:
                 return None
             self._ready.extend(messages)
         return self._ready.popleft()
+
+    def waiting(self, timeout_s: float) -> bool:
+        """Whether a message, or the end of the stream, is there within so many seconds."""
+        if self._ready:
+            return True
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return bool(poll.poll(1000 * timeout_s))
 
     def close(self) -> None:
         """Closes the socket and every descriptor not handed over."""

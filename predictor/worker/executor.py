@@ -1,7 +1,7 @@
 """The executor: binds a function's weights, runs one batch, and says what it cost.
 
 Runs on the lane's main thread, one batch at a time. Waits at gates for weights that are still being copied, and stands still there when the agent
-asks a preemptible batch to pause. Never decides what runs, and never fails: a model's error becomes the batch's answer.
+asks a preemptible batch to pause. Never decides what runs, and fails only with its device: a model's error becomes the batch's answer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contracts.artifact import Signature
 from contracts.errors import to_wire
 from contracts.lane_page import LanePage
 from contracts.wire import BatchDone, Run
-from predictor.worker.devices.base import Device, Meter
+from predictor.worker.devices.base import Device, Meter, Place
 from predictor.worker.functions import Function, Functions, Program
 from predictor.worker.memory import ActivationBound
 from predictor.worker.segments import Segments
@@ -39,10 +39,11 @@ class Executor:
         self._meter: Meter
         self._batch = 0
         self._awaited: Transfer | None = None
+        self._held_bytes = 0
 
     def run(self, run: Run) -> BatchDone:
-        """Runs a batch to its end; its outputs lie where they were reserved when this returns."""
-        self._meter = meter = self._device.meter()
+        """Runs a batch to its end; its outputs lie where they were reserved, and the device has done with it, when this returns."""
+        self._meter = meter = self._device.meter(run.preemptible)
         error: tuple[str, str] | None = None
         try:
             function = self._functions.ready(run.function)
@@ -50,9 +51,10 @@ class Executor:
             self._bound.settle()
             meter.start()
             program = function.bind(self._device.slab, run.offset)
-            self._open(run, function, program, awaited)
-            self._run(run, program, function.signature)
+            gated = self._open(run, function, program, awaited)
+            self._run(run, program, function.signature, None if gated else Place(function, run.offset))
         except Exception as failure:
+            self._device.survive(failure)
             kind, message, _ = to_wire(failure)
             error = kind, message[:_LONGEST_MESSAGE]
         meter.stop()
@@ -60,28 +62,31 @@ class Executor:
         return BatchDone(run.batch, meter.gpu_ns, meter.swap_ns, error)
 
     @torch.inference_mode()
-    def _run(self, run: Run, program: Program, signature: Signature) -> None:
-        places = self._segments.inputs(run.segment, run.parts, signature)
-        inputs = {name: self._device.place(tensor) for name, tensor in places.items()}
-        self._segments.write(run.segment, run.parts, program.execute(inputs), signature)
+    def _run(self, run: Run, program: Program, signature: Signature, place: Place | None) -> None:
+        inputs = self._segments.inputs(run.segment, run.parts, signature)
+        outputs = self._device.fetch(self._device.execute(program, inputs, place), self._meter)
+        self._segments.write(run.segment, run.parts, outputs, signature)
 
-    def _open(self, run: Run, function: Function, program: Program, awaited: Transfer | None) -> None:
-        """Arms the gates if this batch has anything to do there, and passes the one before the model itself."""
+    def _open(self, run: Run, function: Function, program: Program, awaited: Transfer | None) -> bool:
+        """Arms the gates if this batch has anything to do there, and passes the one before the model itself; whether it did."""
         self._awaited = None if awaited is None or awaited.complete else awaited
         self._batch = run.batch if run.preemptible else 0
+        self._held_bytes = 0
         if self._awaited is None and not self._batch:
             program.gates.disarm()
-            return
+            return False
         program.gates.arm(function.needs, self._pass)
         name, need_bytes = function.needs[0]
         self._pass(0 if name else need_bytes)
+        return True
 
     def _pass(self, need_bytes: int) -> None:
-        """At a gate: falls back to the share, waits for weights, pauses if asked to."""
+        """At a gate: falls back to the share, waits for weights unless compute is held for them already, pauses if asked to."""
         self._meter.pace()
         awaited = self._awaited
-        if awaited is not None and awaited.arrived < need_bytes:
+        if awaited is not None and awaited.arrived < need_bytes and self._held_bytes < need_bytes:
             self._meter.stall(lambda: awaited.hold(need_bytes))
+            self._held_bytes = need_bytes
         if self._batch and self._page.pause_batch == self._batch:
             self._meter.stop()
             self._pause(self._batch, self._meter.gpu_ns)

@@ -32,10 +32,14 @@ _serials = itertools.count(1)
 
 
 class Program:
-    """A module without weights of its own. `bound` says whose views its parameters are: (function's serial, slab offset)."""
+    """A module without weights of its own. `bound` says whose views its parameters are: (function's serial, slab offset).
+
+    `recordable`: a run is the same calls each time; TorchScript changes its own code as it runs.
+    """
 
     def __init__(self, index: WeightIndex, store: Path) -> None:
         self.execute = build(index, store)
+        self.recordable = index.program.kind != "torchscript"
         self.gates = Gates(self.execute.module)
         self.bound = (0, 0)
 
@@ -51,7 +55,7 @@ class Function:
         self.needs: Needs = ()
         self.error: SluiceError | None = None
         self.transfer: Transfer | None = None
-        self._serial = next(_serials)
+        self.serial = next(_serials)
         self._views: tuple[int, Mapping[str, torch.Tensor]] = (-1, {})
 
     @property
@@ -64,12 +68,12 @@ class Function:
         """Its program with its weights at `offset` of the slab. Views are made once for a place, and bound only if they are not yet."""
         program, index = self.program, self.index
         assert program is not None and index is not None
-        if program.bound != (self._serial, offset):
+        if program.bound != (self.serial, offset):
             if self._views[0] != offset:
                 self._views = offset, views(slab[offset : offset + index.total_bytes], index)
             program.bound = (0, 0)
             program.execute.bind(self._views[1])
-            program.bound = (self._serial, offset)
+            program.bound = (self.serial, offset)
         return program
 
 
@@ -83,7 +87,7 @@ class Functions:
         self._functions: dict[str, Function] = {}
         self._programs: weakref.WeakValueDictionary[str, Program] = weakref.WeakValueDictionary()
         self._changed = threading.Condition()
-        self._unready: queue.SimpleQueue[tuple[Function, Attach]] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[tuple[Function, Attach | None]] = queue.SimpleQueue()
 
     def attach(self, message: Attach, weights_fd: int) -> None:
         """Maps the weights (closing the descriptor), so that a copy may begin at once; `serve` does the rest. Replaces a function of that name."""
@@ -94,20 +98,27 @@ class Functions:
         with self._changed:
             self._functions[message.function] = function
             self._changed.notify_all()
-        self._unready.put((function, message))
+        self._work.put((function, message))
 
     def detach(self, name: str) -> Function | None:
         """Forgets a function; its mapping, views and, if nobody else needs it, its module go with the last reference."""
-        return self._functions.pop(name, None)
+        function = self._functions.pop(name, None)
+        if function is not None:
+            self._device.forget(function)
+            self._work.put((function, None))
+        return function
 
     def serve(self) -> None:
-        """Makes attached functions ready, one after another, for ever: the background thread."""
+        """Makes attached functions ready and lets detached ones go, one after another, for ever: the background thread."""
         while True:
-            function, message = self._unready.get()
-            with self._bound.lifted():
-                self._make_ready(function, message)
-            if self._functions.get(function.name) is function:
-                self._report(Attached(function.name, function.error.message if function.error else ""))
+            function, message = self._work.get()
+            if message is None:
+                self._device.unpin(function.weights)
+            else:
+                with self._bound.lifted():
+                    self._make_ready(function, message)
+                if self._functions.get(function.name) is function:
+                    self._report(Attached(function.name, function.error.message if function.error else ""))
             del function, message
 
     def get(self, name: str) -> Function | None:

@@ -1,7 +1,7 @@
 """The lane process: one SM cap on one device, one batch at a time. Receive, run, report.
 
-Owns the process, its two channels and its three threads: the main thread serves the run channel, a second copies weights, a third makes attached
-functions ready. It obeys the agent and decides nothing; when the agent goes, so does it.
+Owns the process, its two channels and its threads: the main thread serves the run channel, a second copies weights, a third makes attached functions
+ready, and where copies outlive the call that issues them, a fourth follows them. It obeys the agent and decides nothing; when that goes, so does it.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ from predictor.worker.segments import Segments
 from predictor.worker.swap import SwapEngine, Transfer
 
 _SWITCH_INTERVAL_S = 0.0005
+_QUIET_S = 0.02
+"""For how long nothing must have come before work that can wait is taken up."""
 
 
 class Lane:
@@ -59,8 +61,8 @@ class Lane:
         self._copies_lock = threading.Lock()
         self._idle = False
         self._draining = False
-        device = open_device(spawn, slab_fd)
-        bound = ActivationBound(spawn.activation_bytes)
+        self._device = device = open_device(spawn, slab_fd)
+        bound = ActivationBound(spawn.activation_bytes if device.host_activations else 0)
         self._segments = Segments()
         self._functions = Functions(device, bound, self._report)
         self._swap = SwapEngine(device, self._report)
@@ -73,9 +75,13 @@ class Lane:
         signal.signal(signal.SIGTERM, self._on_sigterm)
         torch.set_num_threads(self._spawn.threads)
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
-        for work in (self._serve_copies, self._functions.serve):
+        threads = [self._serve_copies, self._functions.serve]
+        if self._device.asynchronous:
+            threads.append(self._swap.follow)
+        for work in threads:
             threading.Thread(target=_fatal()(work), daemon=True).start()
-        self._runs.send(LaneReady(self._spawn.lane, os.getpid(), self._spawn.sm_percent))
+        proof = self._device.proof
+        self._runs.send(LaneReady(self._spawn.lane, os.getpid(), self._spawn.sm_percent, proof.sms, proof.measured_sm_percent))
         while True:
             message, fds = self._receive()
             match message:
@@ -148,6 +154,8 @@ class Lane:
         self._idle = True
         if self._draining:
             os._exit(0)
+        while self._device.has_idle_work and not self._runs.waiting(_QUIET_S):
+            self._device.work_idly()
         received = self._runs.receive()
         self._idle = False
         if received is None:

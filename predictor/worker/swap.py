@@ -1,14 +1,17 @@
 """The swap engine: copies weights into the slab as far as they are granted, and lets a run wait for the part that it needs next.
 
-`SwapEngine` belongs to the copy thread; a `Transfer` is the one thing that the copy thread and the executor share. Grants come from the agent, which
-alone decides which copy goes on; the engine only ever copies what is granted, in the order in which it was granted.
+`SwapEngine` belongs to the copy thread; a `Transfer` is what the copy thread and the executor share. Grants come from the agent, which alone decides
+which copy goes on; the engine only ever copies what is granted, in the order in which it was granted. Where copies outlive the call that issues them,
+a thread of its own follows them, so that the copy thread always issues the next grant while the one before is on the link.
 """
 
 from __future__ import annotations
 
+import queue
 import threading
 from bisect import bisect_left
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 
@@ -21,7 +24,10 @@ _REPORT_BYTES = 8 * MIB
 
 
 class Transfer:
-    """One copy of a function's weights to a place in the slab. `arrived` only grows; a run compares it at every gate, without a lock."""
+    """One copy of a function's weights to a place in the slab.
+
+    `arrived` follows the device, not the host, and only grows; a run compares it at every gate, without a lock.
+    """
 
     __slots__ = ("_ends", "_events", "_moved", "arrived", "cancelled", "copy", "issued", "offset", "reported", "weights")
 
@@ -48,9 +54,15 @@ class Transfer:
             self._ends.append(end)
             self._events.append(event)
             self.issued = end
-            if event.passed():
-                self.arrived = end
             self._moved.notify_all()
+
+    def arrive(self, end: int) -> None:
+        """The bytes up to `end` are there. Events are dropped with the last of them: a function keeps its transfer for as long as it is attached."""
+        with self._moved:
+            self.arrived = end
+            if self.complete:
+                self._ends.clear()
+                self._events.clear()
 
     def cancel(self) -> None:
         """It will not go on; whoever waits for it is told."""
@@ -64,8 +76,9 @@ class Transfer:
             self._moved.wait_for(lambda: self.issued >= need_bytes or self.cancelled)
             if self.issued < need_bytes:
                 raise ExecutionError(f"the copy of the weights was given up after {self.issued} of {need_bytes} bytes")
-            event = self._events[bisect_left(self._ends, need_bytes)]
-        event.hold_compute()
+            event = self._events[bisect_left(self._ends, need_bytes)] if self.arrived < need_bytes else None
+        if event is not None:
+            event.hold_compute()
 
 
 class SwapEngine:
@@ -75,6 +88,7 @@ class SwapEngine:
         self._device = device
         self._report = report
         self._transfers: dict[int, Transfer] = {}
+        self._under_way: queue.SimpleQueue[tuple[Transfer, int, bool, Event]] = queue.SimpleQueue()
 
     def begin(self, transfer: Transfer) -> None:
         """Takes up a copy; nothing moves before `advance`."""
@@ -84,12 +98,12 @@ class SwapEngine:
         self._transfers[transfer.copy] = transfer
 
     def cancel(self, transfer: Transfer) -> None:
-        """Gives a copy up; one that is complete stays as it is."""
+        """Gives a copy up; one that is issued whole stays as it is."""
         self._transfers.pop(transfer.copy, None)
         transfer.cancel()
 
     def advance(self, copy: int, until_bytes: int) -> None:
-        """Copies up to `until_bytes`, piece by piece, and reports. A grant for a copy that was given up is ignored: it crossed the news."""
+        """Copies up to `until_bytes`, piece by piece. A grant for a copy that was given up is ignored: it crossed the news."""
         transfer = self._transfers.get(copy)
         if transfer is None:
             return
@@ -99,9 +113,24 @@ class SwapEngine:
             end = min(start + self._device.piece_bytes, until)
             event = self._device.copy(transfer.weights, start, end, transfer.offset)
             transfer.publish(end, event)
-            if end == until or end - transfer.reported >= _REPORT_BYTES:
-                event.wait()
-                transfer.arrived = transfer.reported = end
-                self._report(CopyProgress(copy, end))
-        if transfer.complete:
+            if self._device.asynchronous:
+                self._under_way.put((transfer, end, end == until, event))
+            else:
+                self._arrive(transfer, end, end == until)
+        if transfer.issued == transfer.weights.numel():
             del self._transfers[copy]
+
+    def follow(self) -> NoReturn:
+        """Waits for what is on its way, in the order in which it went, for ever: the thread that follows asynchronous copies."""
+        while True:
+            transfer, end, last, event = self._under_way.get()
+            event.wait()
+            self._arrive(transfer, end, last)
+            del transfer, event
+
+    def _arrive(self, transfer: Transfer, end: int, last: bool) -> None:
+        """Bytes are there; says so at the end of a grant and every few MiB. Always on the same thread, so that what is reported only grows."""
+        transfer.arrive(end)
+        if last or end - transfer.reported >= _REPORT_BYTES:
+            transfer.reported = end
+            self._report(CopyProgress(transfer.copy, end))

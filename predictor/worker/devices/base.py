@@ -1,4 +1,4 @@
-"""What a lane needs of its device: one slab, a copy stream with events, a meter of GPU time, and a way in for input tensors.
+"""What a lane needs of its device: one slab, a copy stream with events, a meter of GPU time, and a way in and out for tensors.
 
 The swap engine and the executor know a device by these protocols alone. On the CPU device a copy has ended when `copy` returns and compute is the
 calling thread; on a CUDA device both are streams and an Event is a cudaEvent, which compute waits for without the host.
@@ -6,20 +6,34 @@ calling thread; on a CUDA device both are streams and an Event is a cudaEvent, w
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from predictor.worker.functions import Function, Program
+
+
+class Proof(NamedTuple):
+    """What a lane found about its cap: `sms` read back from its context, `measured_sm_percent` by the occupancy kernel (0 and 0.0 on the CPU)."""
+
+    sms: int = 0
+    measured_sm_percent: float = 0.0
+
+
+class Place(NamedTuple):
+    """A function whose weights are all there, at `offset` of the slab: its addresses stay valid until it is run elsewhere."""
+
+    function: Function
+    offset: int
 
 
 class Event(Protocol):
     """A point on the copy stream."""
 
-    def passed(self) -> bool:
-        """Whether the copy stream has come by."""
-
     def wait(self) -> None:
-        """Blocks the calling thread until it has."""
+        """Blocks the calling thread until the copy stream has come by."""
 
     def hold_compute(self) -> None:
         """Compute that is issued from now on starts after it."""
@@ -40,13 +54,13 @@ class Meter(Protocol):
         """Compute begins, or goes on after a pause."""
 
     def pace(self) -> None:
-        """Lets the lane fall back to its share of the device, where nothing else holds it there."""
+        """At a gate: lets the lane fall back to its share where nothing else holds it there, and a batch that may pause stay close to its device."""
 
     def stall(self, hold: Callable[[], None]) -> None:
         """Compute stands still for weights while `hold` runs."""
 
     def stop(self) -> None:
-        """Compute has ended, or pauses; returns when the device has done it."""
+        """Compute has ended, or pauses; returns when the device has done it. Does nothing when compute does not run."""
 
 
 class Device(Protocol):
@@ -58,14 +72,42 @@ class Device(Protocol):
     slab: torch.Tensor
     """The device's memory, uint8, shared with all its lanes."""
 
+    proof: Proof
+    """What was found about the lane's cap when the device was opened."""
+
+    asynchronous: bool
+    """Whether `copy` returns before the bytes are there."""
+
+    host_activations: bool
+    """Whether what a batch allocates is memory of the process, so that RLIMIT_DATA bounds it."""
+
     def pin(self, weights: torch.Tensor) -> None:
         """Prepares mapped host weights (uint8) for fast copies, off the request path."""
+
+    def unpin(self, weights: torch.Tensor) -> None:
+        """No copy of these weights will come any more; returns when none is under way."""
 
     def copy(self, weights: torch.Tensor, start: int, end: int, offset: int) -> Event:
         """Copies weights[start:end] to `offset + start` of the slab, in the order of the calls; called from the copy thread only."""
 
-    def place(self, tensor: torch.Tensor) -> torch.Tensor:
-        """An input in host memory as the model takes it."""
+    def execute(self, program: Program, inputs: Mapping[str, torch.Tensor], place: Place | None) -> dict[str, torch.Tensor]:
+        """Runs a bound program on inputs in host memory. `place` is given when nothing needs the gates: the run may then be a recorded one."""
 
-    def meter(self) -> Meter:
+    def fetch(self, outputs: dict[str, torch.Tensor], meter: Meter) -> dict[str, torch.Tensor]:
+        """The outputs in host memory, valid until the next batch; may stop the meter."""
+
+    @property
+    def has_idle_work(self) -> bool:
+        """Whether there is work that had better be done while no batch waits."""
+
+    def work_idly(self) -> None:
+        """Does a piece of it."""
+
+    def forget(self, function: Function) -> None:
+        """The function was detached; from any thread."""
+
+    def meter(self, preemptible: bool) -> Meter:
         """A meter for one batch."""
+
+    def survive(self, failure: BaseException) -> None:
+        """Returns if the device still works after a batch failed so; otherwise raises what ends the lane."""

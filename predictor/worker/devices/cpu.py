@@ -8,11 +8,16 @@ from __future__ import annotations
 import ctypes
 import mmap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
 from contracts.units import MIB, S
+from predictor.worker.devices.base import Meter, Place, Proof
+
+if TYPE_CHECKING:
+    from predictor.worker.functions import Function, Program
 
 _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
@@ -23,10 +28,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 class CpuEvent:
     """The end of a copy that has already happened."""
-
-    def passed(self) -> bool:
-        """Always."""
-        return True
 
     def wait(self) -> None:
         """Returns at once."""
@@ -106,6 +107,10 @@ class CpuDevice:
     """The slab behind `slab_fd` (which stays the caller's), copied into at no more than `link_bytes_per_s` (0: as fast as it goes)."""
 
     piece_bytes = 2 * MIB
+    proof = Proof()
+    asynchronous = False
+    host_activations = True
+    has_idle_work = False
 
     def __init__(self, slab_fd: int, slab_bytes: int, sm_percent: int, link_bytes_per_s: int) -> None:
         self.slab = torch.frombuffer(mmap.mmap(slab_fd, slab_bytes), dtype=torch.uint8)
@@ -118,6 +123,9 @@ class CpuDevice:
         """Maps every page now, so that a copy meets no page fault."""
         _populate(weights, _MADV_POPULATE_READ)
 
+    def unpin(self, weights: torch.Tensor) -> None:
+        """Nothing was pinned."""
+
     def copy(self, weights: torch.Tensor, start: int, end: int, offset: int) -> CpuEvent:
         """As Device.copy; returns when the bytes are there."""
         begun_ns = time.monotonic_ns()
@@ -128,13 +136,26 @@ class CpuDevice:
                 time.sleep(wait_ns / S)
         return self._done
 
-    def place(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor itself."""
-        return tensor
+    def execute(self, program: Program, inputs: Mapping[str, torch.Tensor], place: Place | None) -> dict[str, torch.Tensor]:
+        """As Device.execute: on the calling thread."""
+        return program.execute(inputs)
 
-    def meter(self) -> CpuMeter:
+    def fetch(self, outputs: dict[str, torch.Tensor], meter: Meter) -> dict[str, torch.Tensor]:
+        """The outputs themselves."""
+        return outputs
+
+    def work_idly(self) -> None:
+        """Nothing to do."""
+
+    def forget(self, function: Function) -> None:
+        """Nothing to forget."""
+
+    def meter(self, preemptible: bool) -> CpuMeter:
         """As Device.meter."""
         return CpuMeter(self._sm_percent)
+
+    def survive(self, failure: BaseException) -> None:
+        """No batch harms a CPU."""
 
 
 def _populate(mapped: torch.Tensor, advice: int) -> None:

@@ -1,0 +1,181 @@
+"""The driver seam on a real GPU, by torch.cuda and, where torch has no name for it, by the driver's own API.
+
+Owns the process's context: which stream computes, which copies, what was exported and registered. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import msgspec
+import torch
+
+from contracts.errors import Unavailable
+from contracts.functions import FunctionClass
+from predictor.worker.devices import green
+from predictor.worker.devices.driver import Event, Graph, Stream
+
+_T = TypeVar("_T")
+_REGISTER_READ_ONLY = 8
+"""cudaHostRegisterReadOnly: without it, memory that the CPU may only read cannot be registered."""
+_ERROR_MEMORY_ALLOCATION = 2
+_AFFINITY_SM_COUNT = 0
+_OCCUPY_ELEMENTS = 1 << 24
+_PRIORITY = {FunctionClass.LATENCY_SENSITIVE: -1, FunctionClass.BEST_EFFORT: 0}
+_SYNC_ERROR, _SYNC_DEFAULT = 2, 0
+
+
+class _Affinity(ctypes.Structure):
+    """CUexecAffinityParam; longer than it is today, since it ends in a union."""
+
+    _fields_ = (("kind", ctypes.c_int), ("sm_count", ctypes.c_uint), ("room", ctypes.c_uint * 14))
+
+
+class TorchCuda:
+    """As Driver. Unavailable when the device cannot be opened as asked."""
+
+    def __init__(self, backend: str, cls: FunctionClass, first_sm: int, lane_sms: int) -> None:
+        torch.cuda.init()
+        torch.cuda.set_device(0)
+        properties = torch.cuda.get_device_properties(0)
+        self.name: str = properties.name
+        self._total_bytes: int = properties.total_memory
+        self._device = torch.device("cuda", 0)
+        self._beat = torch.zeros(1, device=self._device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._partition: green.Partition | None = None
+        self.compute: Stream
+        if backend == "green" and lane_sms < properties.multi_processor_count:
+            self._partition = green.split(first_sm, lane_sms, _PRIORITY[cls])
+            self.compute = torch.cuda.ExternalStream(self._partition.stream, device=self._device)
+            self.sms = self._partition.sms
+        else:
+            self.compute = torch.cuda.Stream(self._device, priority=_PRIORITY[cls])
+            self.sms = min(properties.multi_processor_count, _affinity_sms() or properties.multi_processor_count)
+        self.copies: Stream = torch.cuda.Stream(self._device)
+        torch.cuda.set_stream(self.compute)
+
+    def event(self, timing: bool = False) -> Event:
+        """As Driver.event."""
+        return cast(Event, torch.cuda.Event(enable_timing=timing, blocking=True))
+
+    def free_bytes(self) -> int:
+        """As Driver.free_bytes."""
+        return int(torch.cuda.mem_get_info(self._device)[0])
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """As Driver.allocate."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    def export(self, memory: torch.Tensor) -> bytes:
+        """What torch's own reduction of a CUDA tensor sends, but as data: the fields of its storage's IPC handle."""
+        return msgspec.msgpack.encode(memory.untyped_storage()._share_cuda_())
+
+    def open(self, handle: bytes, nbytes: int) -> torch.Tensor:
+        """As Driver.open."""
+        _, *fields = msgspec.msgpack.decode(handle)
+        storage = torch.UntypedStorage._new_shared_cuda(0, *fields)
+        opened = torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
+        if opened.numel() < nbytes:
+            raise Unavailable(f"the slab has {opened.numel()} bytes, not {nbytes}")
+        return opened[:nbytes]
+
+    def register(self, memory: torch.Tensor) -> bool:
+        """As Driver.register."""
+        code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), _REGISTER_READ_ONLY))
+        if code:
+            print(f"host memory cannot be pinned (cudaHostRegister: error {code}); swaps from it are slow", file=sys.stderr)
+        return code == 0
+
+    def unregister(self, memory: torch.Tensor) -> None:
+        """As Driver.unregister."""
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+    def pinned(self, nbytes: int) -> torch.Tensor:
+        """As Driver.pinned."""
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def empty(self, like: torch.Tensor) -> torch.Tensor:
+        """As Driver.empty."""
+        return torch.empty(like.shape, dtype=like.dtype, device=self._device)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
+        """As Driver.copy."""
+        with torch.cuda.stream(stream):  # type: ignore[arg-type]
+            target.copy_(source, non_blocking=True)
+
+    def occupy(self) -> None:
+        """As Driver.occupy, by the incomplete gamma function: a loop of divisions for each element.
+
+        A product of matrices would be bounded by power, and a small lane, whose clock is then higher, would seem larger than it is.
+        """
+        order, argument = (torch.tensor(value, device=self._device).expand(_OCCUPY_ELEMENTS) for value in (19.0, 20.0))
+        torch.igamma(order, argument)
+
+    def warm(self) -> None:
+        """As Driver.warm: cuBLAS and cuDNN."""
+        with torch.inference_mode():
+            image = torch.zeros(1, 8, 8, 8, device=self._device)
+            torch.nn.functional.conv2d(image, torch.zeros(8, 8, 3, 3, device=self._device))
+            image.view(8, 64) @ torch.zeros(64, 8, device=self._device)
+        torch.cuda.synchronize()
+
+    def bound(self, nbytes: int) -> None:
+        """As Driver.bound, by the limit of torch's caching allocator."""
+        torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / self._total_bytes), self._device)
+
+    def trim(self) -> None:
+        """As Driver.trim."""
+        torch.cuda.empty_cache()
+
+    def capture(self, run: Callable[[], _T]) -> tuple[Graph, _T]:
+        """As Driver.capture. All graphs share one pool: none is replayed before the outputs of the one before it were fetched."""
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            result = run()
+        except BaseException:
+            # The capture may be broken by the failure that is on its way up; the allocator must know that it has ended all the same.
+            with contextlib.suppress(RuntimeError):
+                graph.capture_end()
+            raise
+        graph.capture_end()
+        return graph, result
+
+    def rehearse(self, run: Callable[[], object]) -> None:
+        """As Driver.rehearse."""
+        torch.cuda.set_sync_debug_mode(_SYNC_ERROR)
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode(_SYNC_DEFAULT)
+        torch.cuda.synchronize()
+
+    def alive(self) -> bool:
+        """As Driver.alive: has the device do something, since a wait for nothing may well succeed."""
+        try:
+            self._beat.add_(1)
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"the CUDA context is broken: {error}", file=sys.stderr)
+            return False
+        return True
+
+    def survives(self, failure: BaseException) -> bool:
+        """As Driver.survives. An error of CUDA's own that is not one of memory is never survived, whatever the device says."""
+        if isinstance(failure, torch.AcceleratorError) and getattr(failure, "error_code", None) != _ERROR_MEMORY_ALLOCATION:
+            return False
+        return self.alive()
+
+
+def _affinity_sms() -> int:
+    """The SMs that the current context is limited to, as the driver says it; 0 where it knows no such limit."""
+    found = _Affinity()
+    libcuda: Any = ctypes.CDLL("libcuda.so.1")
+    if not hasattr(libcuda, "cuCtxGetExecAffinity") or libcuda.cuCtxGetExecAffinity(ctypes.byref(found), _AFFINITY_SM_COUNT):
+        return 0
+    return int(found.sm_count)
