@@ -37,13 +37,11 @@ class Gpu(msgspec.Struct, frozen=True):
     name: str
     bus_id: str
     memory_bytes: int
-    compute_capability: tuple[int, int] | None
     pcie_generation: int | None
     pcie_width: int | None
     compute_mode: str | None
     mig: bool | None
     peers: tuple[int, ...]
-    numa_node: int | None
 
 
 class Telemetry(msgspec.Struct, frozen=True):
@@ -143,13 +141,11 @@ class Nvml:
             text(nvml.nvmlDeviceGetName(handle)),
             text(nvml.nvmlDeviceGetPciInfo(handle).busId),
             nvml.nvmlDeviceGetMemoryInfo(handle).total,
-            _pair(self.ask(nvml.nvmlDeviceGetCudaComputeCapability, handle)),
             self.ask(nvml.nvmlDeviceGetCurrPcieLinkGeneration, handle),
             self.ask(nvml.nvmlDeviceGetCurrPcieLinkWidth, handle),
             None if mode is None else _COMPUTE_MODES.get(mode, str(mode)),
             None if mig is None else mig[0] == nvml.NVML_DEVICE_MIG_ENABLE,
             tuple(self._peers(index)),
-            _known(self.ask(nvml.nvmlDeviceGetNumaNodeId, handle)),
         )
 
     def _peers(self, index: int) -> Iterator[int]:
@@ -175,12 +171,3 @@ _COMPUTE_MODES = {0: "default", 1: "exclusive thread", 2: "prohibited", 3: "excl
 def text(found: str | bytes) -> str:
     """A name as NVML gives it: bytes in some versions of the package."""
     return found.decode() if isinstance(found, bytes) else found
-
-
-def _pair(found: Any) -> tuple[int, int] | None:
-    return None if found is None else (int(found[0]), int(found[1]))
-
-
-def _known(node: int | None) -> int | None:
-    """NVML says -1, as an unsigned number, where there is no node."""
-    return None if node is None or node < 0 or node >= 1 << 16 else node

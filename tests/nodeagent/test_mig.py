@@ -140,7 +140,6 @@ def test_the_facts_of_each_gpu() -> None:
         assert first.compute_mode == "default"
         # What this driver does not give is unknown, not zero.
         assert first.pcie_generation is None
-        assert first.numa_node is None
 
 
 def test_what_a_gpu_does_now() -> None:
