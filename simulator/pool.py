@@ -6,8 +6,8 @@ Which request goes where and which models have to go is decided by a `Scheduler`
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import msgspec
@@ -40,11 +40,13 @@ class Model(msgspec.Struct, frozen=True):
 class Swapping(msgspec.Struct, frozen=True):
     """Weights come from host memory, layer by layer while the first already run: `per_link` devices share a link, whole copies go one after another.
 
-    `tail` is the part of a run that follows the last weights. With `peer_bytes_per_s` a model that another device holds comes from there.
+    `tail` is the part of a run that follows the last weights. With `peer_bytes_per_s` a model that another of the `per_node` devices of a node holds
+    comes from there.
     """
 
     bytes_per_s: int
     per_link: int = 1
+    per_node: int = 1 << 30
     tail: float = 0.1
     peer_bytes_per_s: int = 0
 
@@ -60,16 +62,51 @@ class Request:
         self.skipped = 0
 
 
+class Queue:
+    """What waits before all devices, in order of arrival: of all models, and of each. What is taken is the first of its model."""
+
+    def __init__(self) -> None:
+        self.models: dict[int, deque[Request]] = {}
+        self._all: OrderedDict[Request, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._all)
+
+    @property
+    def head(self) -> Request:
+        """The one that came first of all; there must be one."""
+        return next(iter(self._all))
+
+    def add(self, request: Request) -> None:
+        """The latest."""
+        self._all[request] = None
+        self.models.setdefault(request.model, deque()).append(request)
+
+    def take(self, request: Request) -> Request:
+        """It waits here no more."""
+        del self._all[request]
+        of_model = self.models[request.model]
+        first = of_model.popleft()
+        assert first is request
+        if not of_model:
+            del self.models[request.model]
+        return request
+
+
 class PoolDevice:
     """A device: its models from least to most recently used, its own queue, and when what runs and waits on it will be done."""
 
-    __slots__ = ("busy", "busy_ns", "done_ns", "free_bytes", "loading_ns", "loads", "models", "number", "queue")
+    __slots__ = ("busy", "busy_ns", "done_ns", "expected", "free_bytes", "loading_ns", "loads", "models", "number", "queue")
 
     def __init__(self, number: int, capacity_bytes: int) -> None:
         self.number = number
         self.free_bytes = capacity_bytes
         self.models: OrderedDict[int, None] = OrderedDict()
         self.queue: deque[Request] = deque()
+        self.expected: Counter[int] = Counter()
         self.busy = False
         self.busy_ns = self.done_ns = self.loading_ns = self.loads = 0
 
@@ -77,6 +114,10 @@ class PoolDevice:
     def idle(self) -> bool:
         """Nothing runs or waits here."""
         return not self.busy and not self.queue
+
+    def will_hold(self, model: int) -> bool:
+        """It holds the model, or will when what waits here has begun."""
+        return model in self.models or self.expected[model] > 0
 
 
 class Scheduler(Protocol):
@@ -100,7 +141,7 @@ class LeastRecentlyUsed:
 class Pool:
     """All devices and the queue before them. `models` by the number that arrivals use; without `swapping` frameworks load them.
 
-    `last_ns` is when the last answer was given.
+    `last_ns` is when the last answer was given. `changed` are the models whose queue or record is not what it was when a scheduler last emptied it.
     """
 
     def __init__(
@@ -109,7 +150,8 @@ class Pool:
         self.models = models
         self.swapping = swapping
         self.devices = [PoolDevice(number, capacity_bytes) for number in range(devices)]
-        self.queue: deque[Request] = deque()
+        self.queue = Queue()
+        self.changed: set[int] = set()
         self.records = [Record(model.objective_ns) for model in models]
         self.last_ns = engine.now_ns
         self._engine = engine
@@ -133,26 +175,29 @@ class Pool:
         """The warm-up is over: what was recorded until now does not count."""
         for record in self.records:
             record.clear()
+        self.changed.update(range(len(self.models)))
 
     def arrive(self, model: int) -> None:
         """A request of this model."""
-        self.queue.append(Request(model, self._engine.now_ns))
+        self.queue.add(Request(model, self._engine.now_ns))
+        self.changed.add(model)
         self._dispatch()
 
     def _dispatch(self) -> None:
         """As long as there is something to give: a device whose requests have all been given up is idle again."""
         while self.queue:
-            if self._late(self.queue[0]):
-                self._give_up(self.queue.popleft())
+            if self._late(self.queue.head):
+                self._give_up(self.queue.take(self.queue.head))
                 continue
             given = self._scheduler.dispatch(self)
             if not given:
                 return
             for request, device in given:
                 model = self.models[request.model]
-                held = request.model in device.models or any(other.model == request.model for other in device.queue)
-                device.done_ns = max(device.done_ns, self.now_ns) + model.run_ns + (0 if held else self.expected_load_ns(model))
+                load_ns = 0 if device.will_hold(request.model) else self.expected_load_ns(model)
+                device.done_ns = max(device.done_ns, self.now_ns) + model.run_ns + load_ns
                 device.queue.append(request)
+                device.expected[request.model] += 1
                 self._start(device)
 
     def _late(self, request: Request) -> bool:
@@ -160,22 +205,28 @@ class Pool:
 
     def _give_up(self, request: Request) -> None:
         self.records[request.model].reject(TIMED_OUT)
+        self.changed.add(request.model)
 
     def _start(self, device: PoolDevice) -> None:
         if device.busy:
             return
         while device.queue and self._late(device.queue[0]):
-            request = device.queue.popleft()
+            request = self._next(device)
             device.done_ns -= self.models[request.model].run_ns
             self._give_up(request)
         if not device.queue:
             return
-        request = device.queue.popleft()
+        request = self._next(device)
         model, cold = self.models[request.model], request.model not in device.models
         load_ns = self._load(device, request.model) if cold else 0
         device.models.move_to_end(request.model)
         device.busy = True
         self._engine.at(self.now_ns + load_ns + model.run_ns, self._finish, device, request, self.now_ns, load_ns, cold)
+
+    def _next(self, device: PoolDevice) -> Request:
+        request = device.queue.popleft()
+        device.expected[request.model] -= 1
+        return request
 
     def expected_load_ns(self, model: Model) -> int:
         """What a load onto an idle device adds to a run, if its link is free."""
@@ -186,7 +237,9 @@ class Pool:
     def _load(self, device: PoolDevice, number: int) -> int:
         """Makes room and loads; returns what that adds to the run."""
         model = self.models[number]
-        held_elsewhere = any(number in other.models for other in self.devices)
+        swapping = self.swapping
+        peers = () if swapping is None or not swapping.peer_bytes_per_s else self._node(device, swapping.per_node)
+        held_elsewhere = any(number in other.models for other in peers)
         while device.free_bytes < model.weight_bytes:
             victim = self._scheduler.victim(self, device)
             del device.models[victim]
@@ -194,14 +247,18 @@ class Pool:
         device.free_bytes -= model.weight_bytes
         device.loads += 1
         device.models[number] = None
-        if self.swapping is None:
+        if swapping is None:
             return model.load_ns
-        if held_elsewhere and self.swapping.peer_bytes_per_s:
-            return self._added_ns(model, model.weight_bytes * S // self.swapping.peer_bytes_per_s)
-        link = device.number // self.swapping.per_link
+        if held_elsewhere:
+            return self._added_ns(model, model.weight_bytes * S // swapping.peer_bytes_per_s)
+        link = device.number // swapping.per_link
         begin_ns = max(self.now_ns, self._link_free_ns[link])
-        device.loading_ns = self._link_free_ns[link] = begin_ns + model.weight_bytes * S // self.swapping.bytes_per_s
+        device.loading_ns = self._link_free_ns[link] = begin_ns + model.weight_bytes * S // swapping.bytes_per_s
         return self._added_ns(model, device.loading_ns - self.now_ns)
+
+    def _node(self, device: PoolDevice, per_node: int) -> Sequence[PoolDevice]:
+        first = device.number // per_node * per_node
+        return self.devices[first : first + per_node]
 
     def _added_ns(self, model: Model, copy_ns: int) -> int:
         assert self.swapping is not None
@@ -212,6 +269,7 @@ class Pool:
         device.busy_ns += load_ns + run_ns
         device.busy = False
         self.last_ns = self.now_ns
+        self.changed.add(request.model)
         record = self.records[request.model]
         record.answer(self.now_ns - request.arrived_ns, started_ns - request.arrived_ns, load_ns, run_ns, cold=cold)
         self._start(device)

@@ -25,7 +25,7 @@ from simulator.latency import Draws, RunTimes
 from simulator.node import SimulatedNode
 from simulator.pool import Model, Pool, Scheduler, Swapping
 from simulator.record import Record
-from simulator.scenario import World
+from simulator.scenario import Scenario, World
 from simulator.shared_gpu import Scaler, SharedGpus
 from simulator.timeline import Timeline
 
@@ -96,8 +96,7 @@ def _whole_gpus(scheduler: Callable[[], Scheduler], *, swapping: bool = False) -
 
     def play(world: World, progress: Progress) -> Outcome:
         scenario, engine = world.scenario, Engine()
-        swaps = Swapping(int(scenario.devices.link_gb_per_s * 1e9), scenario.devices.per_link, scenario.hardware.tail) if swapping else None
-        pool = Pool(engine, _models(world), scenario.devices.total, world.device_bytes, scheduler(), swaps)
+        pool = Pool(engine, _models(world), scenario.devices.total, world.device_bytes, scheduler(), _swapping(scenario) if swapping else None)
         pool.preload()
         engine.at(_START_NS + int(scenario.warm_up_s * S), pool.forget)
         engine.run(_later(world.arrivals), pool.arrive, progress)
@@ -110,6 +109,17 @@ def _whole_gpus(scheduler: Callable[[], Scheduler], *, swapping: bool = False) -
         )
 
     return play
+
+
+def _swapping(scenario: Scenario) -> Swapping:
+    devices = scenario.devices
+    return Swapping(
+        int(devices.link_gb_per_s * 1e9),
+        per_link=devices.per_link,
+        per_node=devices.count,
+        tail=scenario.hardware.tail,
+        peer_bytes_per_s=int(devices.peer_gb_per_s * 1e9),
+    )
 
 
 def _held_s(world: World, last_ns: int) -> float:

@@ -40,13 +40,17 @@ class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Devices(_Part, frozen=True):
-    """`count` devices on each of `nodes`; `per_link` of them share a link to the host of `link_gb_per_s`."""
+    """`count` devices on each of `nodes`; `per_link` of them share a link to the host of `link_gb_per_s`.
+
+    `peer_gb_per_s` is the speed between devices of a node (NVLink; 0: none), for policies that use it.
+    """
 
     count: Count = 1
     nodes: Count = 1
     memory: str = "32Gi"
     link_gb_per_s: Positive = 12.0
     per_link: Count = 1
+    peer_gb_per_s: Annotated[float, Meta(ge=0)] = 0.0
     dollars_per_hour: Annotated[float, Meta(ge=0)] = 0.0
 
     @property

@@ -17,14 +17,11 @@ class KeepAlive(LeastRecentlyUsed):
         given = []
         coming: dict[int, PoolDevice] = {}
         while pool.queue:
-            request = pool.queue.popleft()
+            request = pool.queue.take(pool.queue.head)
             device = coming.get(request.model) or self._holder(pool, request.model) or min(pool.devices, key=lambda device: device.done_ns)
             coming[request.model] = device
             given.append((request, device))
         return given
 
     def _holder(self, pool: Pool, model: int) -> PoolDevice | None:
-        for device in pool.devices:
-            if model in device.models or any(request.model == model for request in device.queue):
-                return device
-        return None
+        return next((device for device in pool.devices if device.will_hold(model)), None)

@@ -18,7 +18,7 @@ class LoadBalancing(LeastRecentlyUsed):
     def dispatch(self, pool: Pool) -> list[tuple[Request, PoolDevice]]:
         """`Scheduler`."""
         idle = [device for device in pool.devices if device.idle]
-        return [(pool.queue.popleft(), device) for device in idle[: len(pool.queue)]]
+        return [(pool.queue.take(pool.queue.head), device) for device in idle[: len(pool.queue)]]
 
 
 class Lalb(LeastRecentlyUsed):
@@ -51,15 +51,14 @@ class Lalb(LeastRecentlyUsed):
             if holder is not None:
                 for other in passed:
                     other.skipped += 1
-                pool.queue.remove(request)
-                return request, holder
+                return pool.queue.take(request), holder
             if request.skipped >= self._skip_limit:
                 return None
             passed.append(request)
         return None
 
     def _head(self, pool: Pool, idle: list[PoolDevice]) -> tuple[Request, PoolDevice]:
-        request = pool.queue.popleft()
+        request = pool.queue.take(pool.queue.head)
         model = pool.models[request.model]
         holders = [device for device in pool.devices if device not in idle and request.model in device.models]
         soonest = min(holders, key=lambda device: device.done_ns, default=None)

@@ -7,6 +7,8 @@ the one used longest ago.
 
 from __future__ import annotations
 
+import heapq
+
 from nodeagent.tokens import lateness_rank
 from simulator.pool import Pool, PoolDevice, Request
 
@@ -15,30 +17,42 @@ HEAVY = 0.5
 
 
 class Torpor:
-    """Torpor's scheduler, queue and eviction."""
+    """Torpor's scheduler, queue and eviction. A function's rank changes only with its record, so those that wait stand in a heap."""
+
+    def __init__(self) -> None:
+        self._order: list[tuple[tuple[bool, float], int, int, int]] = []
+        self._placed: dict[int, int] = {}
 
     def dispatch(self, pool: Pool) -> list[tuple[Request, PoolDevice]]:
         """`Scheduler`."""
+        for model in pool.changed:
+            self._place(pool, model)
+        pool.changed.clear()
         idle = [device for device in pool.devices if device.idle]
-        if not idle or not pool.queue:
-            return []
         given = []
-        for request in sorted(pool.queue, key=lambda request: self._rank(pool, request))[: len(idle)]:
-            device = self._device(pool, request, idle)
-            idle.remove(device)
-            pool.queue.remove(request)
-            given.append((request, device))
+        while idle and self._order:
+            _, _, model, turn = heapq.heappop(self._order)
+            if turn == self._placed[model]:
+                request = pool.queue.take(pool.queue.models[model][0])
+                device = self._device(pool, request, idle)
+                idle.remove(device)
+                given.append((request, device))
+                self._place(pool, model)
         return given
+
+    def _place(self, pool: Pool, number: int) -> None:
+        """Where a function that waits stands now; where it stood before counts no more."""
+        turn = self._placed[number] = self._placed.get(number, 0) + 1
+        if number in pool.queue.models:
+            record, model = pool.records[number], pool.models[number]
+            rank = lateness_rank(model.percentile, record.requests, record.requests - record.late)
+            heapq.heappush(self._order, (rank, pool.queue.models[number][0].arrived_ns, number, turn))
 
     def victim(self, pool: Pool, device: PoolDevice) -> int:
         """`Scheduler`."""
         others = [other.models for other in pool.devices if other is not device]
         sole = {model: not any(model in models for models in others) for model in device.models}
         return next((model for model in device.models if not (sole[model] and _heavy(pool, model))), next(iter(device.models)))
-
-    def _rank(self, pool: Pool, request: Request) -> tuple[tuple[bool, float], int]:
-        record, model = pool.records[request.model], pool.models[request.model]
-        return lateness_rank(model.percentile, record.requests, record.requests - record.late), request.arrived_ns
 
     def _device(self, pool: Pool, request: Request, idle: list[PoolDevice]) -> PoolDevice:
         holder = next((device for device in idle if request.model in device.models), None)
