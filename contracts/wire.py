@@ -221,7 +221,10 @@ class LaneStatus(msgspec.Struct, frozen=True):
 
 
 class DeviceStatus(msgspec.Struct, frozen=True):
-    """One device: memory in bytes, GPU time handed out in ns, bytes swapped in, and its lanes."""
+    """One device: memory in bytes, GPU time handed out in ns, bytes swapped in, and its lanes.
+
+    `state` is "up", or "lost" while its memory is being brought back; `backend` is what holds its lanes to their SMs (Spawn.backend), and `why` so.
+    """
 
     device: str
     capacity_bytes: int
@@ -231,6 +234,9 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     swaps: int
     running_sm: int
     lanes: tuple[LaneStatus, ...]
+    state: str = "up"
+    backend: str = "pace"
+    why: str = ""
 
 
 class NodeStatus(msgspec.Struct, frozen=True):
@@ -285,8 +291,8 @@ class Spawn(Message, frozen=True):
     """Fork a lane. Descriptors: run channel, copy channel, slab (CUDA: /dev/null), lane page.
 
     `link_bytes_per_s` 0 means as fast as it goes; `activation_bytes` bounds what a batch may allocate beside the weights (0: no bound).
-    `backend` is what holds the lane to its SMs: "pace" (the CPU device), "mps" and "partitions" (the driver, told by `environment`), "green" (a green
-    context that the lane makes), "quota" (nothing: the lane has the whole device). The lane puts `environment` into its own before CUDA starts, and
+    `backend` is what holds the lane to its SMs: "pace" (the CPU device), "mps" (the driver, told by `environment`), "green" (a green context
+    that the lane makes), "quota" (nothing: the lane has the whole device). The lane puts `environment` into its own before CUDA starts, and
     then sees one device, its own. On CUDA it has to have `lane_sms` of the device's `sms`; a green context takes them from the `first_sm`-th on,
     where the driver lets it choose. `piece_bytes` and `whole_ns` are the holder's; `cpus` (empty: any) are near the device.
     """

@@ -17,19 +17,24 @@ from nodeagent.shell import logs
 from nodeagent.shell.agent import Agent
 from nodeagent.shell.listener import lock_run_dir
 from nodeagent.shell.options import Options, parse
+from nodeagent.shell.slabs import close_slabs, open_slabs
 
 _GC_ALLOCATIONS = 20_000
 
 
 async def _serve(options: Options) -> None:
-    agent = Agent(options)
-    # What lives now lives on: collections on the way of a request need not walk it.
-    gc.freeze()
-    gc.set_threshold(_GC_ALLOCATIONS)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, agent.stop)
-    await agent.run()
+    slabs = await open_slabs(options)
+    try:
+        agent = Agent(options, slabs)
+        # What lives now lives on: collections on the way of a request need not walk it.
+        gc.freeze()
+        gc.set_threshold(_GC_ALLOCATIONS)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, agent.stop)
+        await agent.run()
+    finally:
+        await close_slabs(slabs)
 
 
 def main(options: Options) -> int:

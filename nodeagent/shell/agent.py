@@ -10,14 +10,14 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 
-from contracts.errors import ExecutionError, SluiceError, Unavailable, from_wire, to_wire
+from contracts.errors import ExecutionError, Refused, SluiceError, Unavailable, from_wire, to_wire
 from contracts.functions import Share
 from contracts.units import S
 from contracts.wire import Answer, BatchDone, BatchPaused, CopyProgress, Failed, NodeStatus
 from nodeagent import events
-from nodeagent.settings import DeviceSpec, Settings
+from nodeagent.settings import Settings
 from nodeagent.shell import metrics
 from nodeagent.shell.control import Controls
 from nodeagent.shell.functions import Entry, Functions
@@ -31,6 +31,7 @@ from nodeagent.shell.outbox import Outbox
 from nodeagent.shell.peers import Peers
 from nodeagent.shell.requests import KINDS, Request
 from nodeagent.shell.segments import Segment
+from nodeagent.shell.slabs import Slab
 from nodeagent.shell.status import node_status
 from nodeagent.state import NodeState
 
@@ -39,13 +40,14 @@ _TIMER_GRAIN_S = 0.0005
 
 
 class Agent:
-    """One node agent, built inside a running loop by the holder of the run dir's lock."""
+    """One node agent on the slabs of its devices, built inside a running loop by the holder of the run dir's lock."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, slabs: Mapping[str, Slab]) -> None:
         self._options = options
+        self._slabs = slabs
         self._loop = asyncio.get_running_loop()
         self._started_ns = time.monotonic_ns()
-        self._state = NodeState([_device(name, options) for name in options.devices], Settings(window_ns=options.window_ns, hang_ns=options.hang_ns))
+        self._state = NodeState([slab.spec for slab in slabs.values()], Settings(window_ns=options.window_ns, hang_ns=options.hang_ns))
         self._requests: dict[int, Request] = {}
         self._events: deque[events.Event] = deque()
         self._handling = False
@@ -73,7 +75,7 @@ class Agent:
         self._loader = Loader((*options.loader_command, "--store", str(options.store)))
         self._functions = Functions(self._store, self._loader, self)
         self._peers = Peers(self._functions, self)
-        self._lanes = Lanes(options, self._outbox, self)
+        self._lanes = Lanes(options, slabs, self._outbox, self)
         self._controls = Controls(self._functions, self._peers, self._status)
 
     async def run(self) -> None:
@@ -126,6 +128,10 @@ class Agent:
 
     def refusal(self, key: str, share: Share, weight_bytes: int = 0) -> str | None:
         """Why a function with this share cannot be served (`FunctionsOwner`)."""
+        for slab in self._slabs.values():
+            reason = slab.refusal(share.sm_percent)
+            if reason is not None:
+                return reason
         return self._state.refusal(key, share, weight_bytes)
 
     # What functions and predictors tell.
@@ -178,6 +184,20 @@ class Agent:
         if not self._closed:
             for entry in lane.at_work:
                 self._keep(self._functions.repair(entry))
+
+    def device_lost(self, device: str) -> None:
+        """Its memory has gone (`LanesOwner`)."""
+        self.handle(events.DeviceLost(device))
+
+    def device_up(self, device: str) -> None:
+        """It has memory again (`LanesOwner`)."""
+        self.handle(events.DeviceUp(device))
+
+    def size_failed(self, device: str, sm_percent: int, reason: str) -> None:
+        """Functions of a size that no lane can be held to are refused rather than served without their limit (`LanesOwner`)."""
+        for entry in self._functions:
+            if entry.function.share.sm_percent == sm_percent:
+                self._functions.break_off(entry, Refused(f"no lane of {device} could be held to {sm_percent} % of its SMs: {reason}"))
 
     def batch_done(self, lane: Lane, request: Request, message: BatchDone) -> None:
         """A batch has ended, well or not (`LaneOwner`)."""
@@ -311,10 +331,4 @@ class Agent:
 
     def _status(self) -> NodeStatus:
         uptime_ns = time.monotonic_ns() - self._started_ns
-        return node_status(self._state, self._functions, self._lanes, self._store, uptime_ns)
-
-
-def _device(name: str, options: Options) -> DeviceSpec:
-    if options.link_bytes_per_s:
-        return DeviceSpec(name, options.device_bytes, options.link_bytes_per_s)
-    return DeviceSpec(name, options.device_bytes)
+        return node_status(self._state, self._functions, self._lanes, self._slabs, self._store, uptime_ns)

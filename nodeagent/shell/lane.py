@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import socket
+from collections.abc import Callable
 from typing import Protocol
 
 from contracts.channel import AsyncChannel
@@ -75,6 +76,7 @@ class Lane:
         "_outbox",
         "_owner",
         "_page",
+        "_prove_cap",
         "_retired",
         "_run",
         "_segments",
@@ -85,7 +87,16 @@ class Lane:
         "state",
     )
 
-    def __init__(self, spec: events.StartLane, page: LanePage, outbox: Outbox, owner: LaneOwner, keeper: LaneKeeper) -> None:
+    def __init__(
+        self,
+        spec: events.StartLane,
+        page: LanePage,
+        outbox: Outbox,
+        owner: LaneOwner,
+        keeper: LaneKeeper,
+        prove_cap: Callable[[events.StartLane, LaneReady], None],
+    ) -> None:
+        """`prove_cap` raises ProtocolError when the lane has not proved its SM cap."""
         self.spec = spec
         self.state = "starting"
         self.pid = 0
@@ -95,6 +106,7 @@ class Lane:
         self._outbox = outbox
         self._owner = owner
         self._keeper = keeper
+        self._prove_cap = prove_cap
         self._attached: dict[str, Entry] = {}
         self._retired: set[str] = set()
         self._segments: set[int] = set()
@@ -213,13 +225,12 @@ class Lane:
         """Fail closed: a lane that cannot prove its cap does not serve."""
         if self.state != "starting" or message.lane != self.spec.lane:
             raise ProtocolError(f"lane {self.spec.lane} says that lane {message.lane} is ready")
-        if message.sm_percent != self.spec.sm_percent:
-            raise ProtocolError(f"lane {self.spec.lane} proved {message.sm_percent} % of the SMs, not {self.spec.sm_percent} %")
         try:
             self.pidfd = os.pidfd_open(message.pid)
         except (OSError, ValueError) as error:
             raise ProtocolError(f"lane {self.spec.lane} says that it is process {message.pid}: {error}") from None
         self.pid = message.pid
+        self._prove_cap(self.spec, message)
         self.state = "idle"
 
     def _running(self, batch: int) -> Request:

@@ -1,34 +1,33 @@
 """The lanes of a node: asks the fork server for them, waits for their proof, and sees to their end.
 
-Owns the slabs, the fork server and every Lane. A lane is reported lost only once its process has gone: until then it may still write into the slab.
-Decides nothing: which lane starts, runs and stops comes as a command.
+Owns the fork server and every Lane; uses the devices' slabs. A lane is reported lost only once its process has gone: until then it may still write
+into the slab. Decides nothing: which lane starts, runs and stops comes as a command.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator
-from pathlib import Path
+from collections import Counter
+from collections.abc import Coroutine, Iterator, Mapping
 from typing import Protocol
 
 from contracts.errors import ProtocolError, Unavailable
 from contracts.lane_page import LanePage
-from contracts.units import KIB, format_bytes
-from contracts.wire import Spawn
 from nodeagent.events import StartLane
+from nodeagent.shell.backends import Backend
 from nodeagent.shell.forkserver import ForkServer
 from nodeagent.shell.lane import Lane, LaneOwner
 from nodeagent.shell.options import Options
 from nodeagent.shell.outbox import Outbox
+from nodeagent.shell.slabs import Slab
 
 _log = logging.getLogger(__name__)
 _READY_S = 120.0
 _EXIT_S = 5.0
-_CGROUP = Path("/sys/fs/cgroup")
+_TRIES = 3
 
 
 class LanesOwner(LaneOwner, Protocol):
@@ -40,21 +39,33 @@ class LanesOwner(LaneOwner, Protocol):
     def lane_lost(self, lane: Lane) -> None:
         """Its process has gone; `lane.running` is what it still held."""
 
+    def device_lost(self, device: str) -> None:
+        """Its memory has gone; its lanes have to end."""
+
+    def device_up(self, device: str) -> None:
+        """It has memory again; none of its old lanes is left."""
+
+    def size_failed(self, device: str, sm_percent: int, reason: str) -> None:
+        """No lane of this size could prove its cap, however often it was tried."""
+
 
 class Lanes:
-    """Every lane by its id. Unavailable from the constructor: a slab does not fit into memory."""
+    """Every lane by its id."""
 
-    def __init__(self, options: Options, outbox: Outbox, owner: LanesOwner) -> None:
-        self._options = options
+    def __init__(self, options: Options, slabs: Mapping[str, Slab], outbox: Outbox, owner: LanesOwner) -> None:
+        self._slabs = slabs
         self._outbox = outbox
         self._owner = owner
         self._loop = asyncio.get_running_loop()
         self._lanes: dict[int, Lane] = {}
         self._deadlines: dict[int, asyncio.TimerHandle] = {}
         self._endings: set[asyncio.Task[None]] = set()
-        _check_memory(len(options.devices) * options.device_bytes)
-        self._slabs = {device: _make_slab(device, options.device_bytes) for device in options.devices}
+        self._ended = asyncio.Condition()
+        self._failures: Counter[tuple[str, int]] = Counter()
+        self._lost: set[str] = set()
         self._fork_server = ForkServer(options.worker_command)
+        for slab in slabs.values():
+            slab.watch(self)
 
     def __getitem__(self, lane: int) -> Lane:
         return self._lanes[lane]
@@ -68,34 +79,44 @@ class Lanes:
 
     def start(self, spec: StartLane) -> None:
         """Asks for a lane; `lane_up` or `lane_lost` follows."""
+        slab = self._slabs[spec.device]
         page_fd = LanePage.create()
-        lane = self._lanes[spec.lane] = Lane(spec, LanePage(page_fd), self._outbox, self._owner, self)
+        lane = self._lanes[spec.lane] = Lane(spec, LanePage(page_fd), self._outbox, self._owner, self, slab.prove)
         run, lane_run = socket.socketpair()
         copy, lane_copy = socket.socketpair()
         lane.connect(run, copy)
         self._deadlines[spec.lane] = self._loop.call_later(_READY_S, lane.close, ProtocolError(f"not ready within {_READY_S:.0f} s"))
         with lane_run, lane_copy:
-            self._fork_server.spawn(self._spawn(spec), [lane_run.fileno(), lane_copy.fileno(), self._slabs[spec.device], page_fd])
+            self._fork_server.spawn(slab.spawn(spec), [lane_run.fileno(), lane_copy.fileno(), slab.fd, page_fd])
         os.close(page_fd)
 
     def stop(self, lane: int) -> None:
-        """Ends a lane that is idle, or that hangs; `lane_lost` follows."""
+        """Ends a lane that is idle, or that hangs, or whose device is lost; `lane_lost` follows."""
         ending = self._lanes[lane]
-        ending.close(Unavailable("its batch hangs") if ending.at_work else None)
+        if ending.spec.device in self._lost:
+            ending.close(Unavailable("its device is lost") if ending.at_work else None)
+        elif ending.at_work:
+            self._keep(self._break_off(ending, Unavailable("its batch hangs")))
+        else:
+            ending.close()
 
     async def close(self) -> None:
         """Ends every lane and the fork server, and waits until they have gone."""
+        for slab in self._slabs.values():
+            slab.unwatch()
         for lane in self:
-            lane.close()
+            if lane.at_work:
+                self._keep(self._break_off(lane, None))
+            else:
+                lane.close()
         while self._endings:
             await asyncio.wait(self._endings)
         await self._fork_server.stop()
-        for fd in self._slabs.values():
-            os.close(fd)
 
     def lane_proved(self, lane: Lane) -> None:
         """It serves (`LaneKeeper`)."""
         self._deadlines.pop(lane.spec.lane).cancel()
+        del self._failures[lane.spec.device, lane.spec.sm_percent]
         self._owner.lane_up(lane)
 
     def lane_closed(self, lane: Lane, error: Exception | None) -> None:
@@ -108,24 +129,49 @@ class Lanes:
             _log.warning(
                 "lane %d (%s, %d %% SM, %s, pid %d) is lost: %s", spec.lane, spec.device, spec.sm_percent, spec.cls, lane.pid, error or "it ended"
             )
-        ending = self._loop.create_task(self._end(lane))
+            if spec.device not in self._lost:
+                self._slabs[spec.device].suspect()
+        self._keep(self._end(lane, unready=deadline is not None, error=error))
+
+    def slab_lost(self, device: str) -> None:
+        """The state ends its lanes (`SlabOwner`)."""
+        self._lost.add(device)
+        self._owner.device_lost(device)
+
+    async def lanes_gone(self, device: str) -> None:
+        """Returns when none of its lanes is left (`SlabOwner`)."""
+        async with self._ended:
+            await self._ended.wait_for(lambda: all(lane.spec.device != device for lane in self))
+
+    def slab_up(self, device: str) -> None:
+        """Lanes may start there again (`SlabOwner`)."""
+        self._lost.discard(device)
+        for key in [key for key in self._failures if key[0] == device]:
+            del self._failures[key]
+        self._owner.device_up(device)
+
+    def _keep(self, work: Coroutine[None, None, None]) -> None:
+        ending = self._loop.create_task(work)
         self._endings.add(ending)
         ending.add_done_callback(self._endings.discard)
 
-    def _spawn(self, spec: StartLane) -> Spawn:
-        options = self._options
-        return Spawn(
-            lane=spec.lane,
-            device=spec.device,
-            sm_percent=spec.sm_percent,
-            cls=spec.cls,
-            slab_bytes=options.device_bytes,
-            threads=options.threads,
-            link_bytes_per_s=options.link_bytes_per_s,
-            activation_bytes=options.activation_bytes,
-        )
+    async def _break_off(self, lane: Lane, error: Exception | None) -> None:
+        """Ends a lane that is at work: its device is freed of it first."""
+        if lane.pid:
+            await self._slabs[lane.spec.device].release(lane.pid)
+        lane.close(error)
 
-    async def _end(self, lane: Lane) -> None:
+    def _count_failure(self, spec: StartLane, error: Exception | None) -> None:
+        """A lane of a GPU never served: its size is given up after some tries, or its functions would wait for ever."""
+        if self._slabs[spec.device].backend is Backend.PACE or spec.device in self._lost:
+            return
+        key = spec.device, spec.sm_percent
+        self._failures[key] += 1
+        if self._failures[key] >= _TRIES:
+            del self._failures[key]
+            self._owner.size_failed(spec.device, spec.sm_percent, str(error or "it ended as it started"))
+
+    async def _end(self, lane: Lane, *, unready: bool, error: Exception | None) -> None:
         """Waits until the lane's process has gone: one that was working is killed, an idle one has `_EXIT_S` to leave by itself."""
         if lane.pidfd >= 0:
             if lane.at_work:
@@ -138,29 +184,12 @@ class Lanes:
             os.close(lane.pidfd)
             lane.pidfd = -1
         del self._lanes[lane.spec.lane]
+        self._slabs[lane.spec.device].ended(lane.spec.lane)
         self._owner.lane_lost(lane)
-
-
-def _check_memory(nbytes: int) -> None:
-    """Unavailable when the slabs cannot fit: reserving them would call the kernel's OOM killer on others before it failed."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text("ascii").splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * KIB
-    with contextlib.suppress(OSError, ValueError):
-        limit, used = (int((_CGROUP / name).read_text("ascii")) for name in ("memory.max", "memory.current"))
-        available = min(available, limit - used)
-    if nbytes > available:
-        raise Unavailable(f"the devices need {format_bytes(nbytes)}, {format_bytes(available)} of memory are free: use a smaller --device-memory")
-
-
-def _make_slab(device: str, nbytes: int) -> int:
-    """A memfd, reserved whole, so that no lane can fail later for want of memory."""
-    fd = os.memfd_create(f"sluice-slab-{device}", os.MFD_CLOEXEC)
-    try:
-        os.posix_fallocate(fd, 0, nbytes)
-    except OSError as error:
-        os.close(fd)
-        raise Unavailable(f"no memory for {format_bytes(nbytes)} of device {device} ({error.strerror}): use a smaller --device-memory") from None
-    return fd
+        if unready:
+            self._count_failure(lane.spec, error)
+        async with self._ended:
+            self._ended.notify_all()
 
 
 async def _exited(pidfd: int) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 
 from contracts.wire import DeviceStatus, FunctionStatus, LaneStatus, NodeStatus
 from nodeagent.entities import Device
 from nodeagent.shell.functions import Entry, Functions
 from nodeagent.shell.hoststore import HostStore
 from nodeagent.shell.lanes import Lanes
+from nodeagent.shell.slabs import Slab
 from nodeagent.state import NodeState
 
 
-def node_status(state: NodeState, functions: Functions, lanes: Lanes, store: HostStore, uptime_ns: int) -> NodeStatus:
+def node_status(state: NodeState, functions: Functions, lanes: Lanes, slabs: Mapping[str, Slab], store: HostStore, uptime_ns: int) -> NodeStatus:
     """The whole node now."""
     now_ns = time.monotonic_ns()
     return NodeStatus(
@@ -21,12 +23,12 @@ def node_status(state: NodeState, functions: Functions, lanes: Lanes, store: Hos
         uptime_ns=uptime_ns,
         host_used_bytes=store.used_bytes,
         host_budget_bytes=store.budget_bytes,
-        devices=tuple(_device(device, lanes) for device in state.devices.values()),
+        devices=tuple(_device(device, lanes, slabs[name]) for name, device in state.devices.items()),
         functions=tuple(_function(entry, state, now_ns) for entry in functions),
     )
 
 
-def _device(device: Device, lanes: Lanes) -> DeviceStatus:
+def _device(device: Device, lanes: Lanes, slab: Slab) -> DeviceStatus:
     return DeviceStatus(
         device=device.spec.id,
         capacity_bytes=device.memory.capacity_bytes,
@@ -36,6 +38,9 @@ def _device(device: Device, lanes: Lanes) -> DeviceStatus:
         swaps=device.swaps,
         running_sm=device.running_sm,
         lanes=tuple(LaneStatus(number, lane.sm_percent, lane.key[1], lanes.pid(number), lane.state.value) for number, lane in device.lanes.items()),
+        state="lost" if device.lost else "up",
+        backend=slab.backend,
+        why=slab.why,
     )
 
 
