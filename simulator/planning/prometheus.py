@@ -132,7 +132,8 @@ class Prometheus:
             with self._opener.open(request, timeout=self._timeout_s) as response:
                 return bytes(response.read())
         except urllib.error.HTTPError as error:
-            raise Unavailable(f"{self.url} answered {error.code} to the query {query!r}: {_told(error)}") from None
+            kind = InvalidValue if error.code in (400, 422) else Unavailable
+            raise kind(f"{self.url} answered {error.code} to the query {query!r}: {_told(error)}") from None
         except (OSError, http.client.HTTPException) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             raise Unavailable(f"{self.url} cannot be asked ({reason}), for the query {query!r}") from None
