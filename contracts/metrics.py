@@ -24,3 +24,10 @@ HOST_MEMORY_BYTES = "sluice_host_memory_bytes"
 LANES = "sluice_lanes"
 SHARE_SM_PERCENT = "sluice_share_sm_percent"
 SHARE_QUOTA_PERCENT = "sluice_share_quota_percent"
+
+# What the driver says of whole GPUs: every function on one has a part in it.
+GPU_BUSY_RATIO = "sluice_gpu_busy_ratio"
+GPU_MEMORY_USED_BYTES = "sluice_gpu_memory_used_bytes"
+GPU_PCIE_BYTES_PER_SECOND = "sluice_gpu_pcie_bytes_per_second"
+GPU_MEMORY_ERRORS = "sluice_gpu_memory_errors"
+GPU_THROTTLED = "sluice_gpu_throttled"

@@ -47,7 +47,6 @@ class Gpu(msgspec.Struct, frozen=True):
 class Telemetry(msgspec.Struct, frozen=True):
     """What a GPU does now. Utilisation in percent of the last sample period, PCIe in bytes/s over 20 ms, errors since the driver was loaded."""
 
-    uuid: str
     busy_percent: int | None
     memory_used_bytes: int | None
     pcie_rx_bytes_per_s: int | None
@@ -103,13 +102,16 @@ class Nvml:
         """All GPUs, in NVML's order, which is that of the PCI bus (CUDA_DEVICE_ORDER=PCI_BUS_ID)."""
         return tuple(self._gpu(index) for index in range(len(self)))
 
-    def telemetry(self, index: int) -> Telemetry:
+    def by_uuid(self, uuid: str) -> Any:
+        """NVML's handle of a GPU or MIG instance."""
+        return self.library.nvmlDeviceGetHandleByUUID(uuid)
+
+    def telemetry(self, handle: Any) -> Telemetry:
         """What a GPU does now; takes some 50 ms, for PCIe is measured meanwhile."""
-        nvml, handle = self.library, self.handle(index)
+        nvml = self.library
         used = self.ask(nvml.nvmlDeviceGetMemoryInfo, handle)
         busy = self.ask(nvml.nvmlDeviceGetUtilizationRates, handle)
         return Telemetry(
-            text(nvml.nvmlDeviceGetUUID(handle)),
             None if busy is None else busy.gpu,
             None if used is None else used.used,
             self._pcie(handle, nvml.NVML_PCIE_UTIL_RX_BYTES),

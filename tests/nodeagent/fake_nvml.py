@@ -72,6 +72,13 @@ class FakeNvml:
     def nvmlDeviceGetHandleByIndex(self, index):
         return self.fake_gpus[index]
 
+    def nvmlDeviceGetHandleByUUID(self, uuid):
+        for gpu in self.fake_gpus:
+            for handle in (gpu, *gpu.instances):
+                if self.driver and self.nvmlDeviceGetUUID(handle) == uuid:
+                    return handle
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+
     def nvmlDeviceGetUUID(self, handle):
         if isinstance(handle, FakeInstance):
             return f"MIG-{handle.gpu.index}-{handle.number}"

@@ -144,7 +144,7 @@ def test_the_facts_of_each_gpu() -> None:
 
 def test_what_a_gpu_does_now() -> None:
     with Nvml(FakeNvml(FakeGpu(0, processes=[3, 1]))) as nvml:
-        seen = nvml.telemetry(0)
+        seen = nvml.telemetry(nvml.handle(0))
     assert (seen.busy_percent, seen.memory_used_bytes) == (37, 512 * MIB)
     assert (seen.pcie_rx_bytes_per_s, seen.pcie_tx_bytes_per_s) == (1_024_000, 2_048_000)
     assert seen.throttled == ("power",)
