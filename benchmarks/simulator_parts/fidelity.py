@@ -51,20 +51,20 @@ _THINK_S = 0.05
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    """A function of the catalogue and how it is called."""
+    """A function of the catalogue, and how often it is called: as often as keeps the device busy for this part of the time."""
 
     source: str
-    per_minute: float
+    busy: float
     pattern: str = "poisson"
 
 
 _LOADS = {
-    "minilm": _Load("minilm", 200),
-    "resnet": _Load("resnet50?size=128", 80),
-    "vit": _Load("vit-b?image_size=112&num_hidden_layers=4", 80),
-    "mlp": _Load("mlp?width=2048&depth=6", 200, "bursty"),
-    "cnn": _Load("cnn?size=128", 240),
-    "vad": _Load("silero-vad", 240, "bursty"),
+    "minilm": _Load("minilm", 0.08),
+    "resnet": _Load("resnet50?size=128", 0.06),
+    "vit": _Load("vit-b?image_size=112&num_hidden_layers=4", 0.06),
+    "mlp": _Load("mlp?width=2048&depth=6", 0.06, "bursty"),
+    "cnn": _Load("cnn?size=128", 0.07),
+    "vad": _Load("silero-vad", 0.05, "bursty"),
 }
 
 
@@ -203,12 +203,12 @@ class _Calibration:
 
 def _world(folder: Path, size: _Size, points: Points, calibrated: Mapping[str, Any]) -> World:
     """The scenario's file, written and read again; its arrivals do not depend on what is calibrated."""
-    weight_bytes = {point.function.partition("/")[2]: point.device_bytes for point in points.points}
+    profiled = {point.function.partition("/")[2]: point for point in points.points if point.batch == 1}
     groups = [
         {
             "name": name,
-            "weights": str(weight_bytes[name]),
-            "load": {"per_minute": each.per_minute, "pattern": each.pattern},
+            "weights": str(profiled[name].device_bytes),
+            "load": {"per_minute": round(60e3 * each.busy / profiled[name].gpu_ms, 1), "pattern": each.pattern},
             "time": {"profile": "points.parquet", "models": [name], "scale": round(calibrated.get("scale", {}).get(name, 1.0), 4)},
             "slo_ms": _SLO_MS,
             "max_batch": _MAX_BATCH,
