@@ -93,6 +93,12 @@ def test_a_run_longer_than_its_copy_pays_nothing_for_it() -> None:
     assert record.cold == 1
 
 
+def test_computing_beside_its_own_copy_takes_longer() -> None:
+    cold, warm = (World(LS, run=Fixed(50 * MS), cold_slowdown=1.2).play(at(*times))[0].parts["run"] for times in ((0,), (0, 200)))
+    assert cold.most_ns == 60 * MS
+    assert warm.sum_ns == (60 + 50) * MS
+
+
 def test_a_lane_of_half_the_sms_takes_twice_as_long_and_two_run_at_once() -> None:
     """The second lane of a size comes when it is first missed."""
     first, second = World(LS, LS, sm=50).play(of_many(("f0", "f1"), [np.array([0, S]), np.array([0, S])], 10 * S))

@@ -73,6 +73,12 @@ def test_the_scenarios_of_the_benchmarks_are_right(path: Path) -> None:
         (with_group(load={"trace": "gone.csv"}), r"gone\.csv"),
         (with_group(time={}), r"functions\.vision\.time"),
         (with_group(time={"table": "gone.csv"}), r"gone\.csv"),
+        (with_group(time={"fixed_ms": 1, "table": "gone.csv"}), r"functions\.vision\.time.*law and table"),
+        (with_group(time={"profile": "gone.parquet"}), r"functions\.vision\.time\.profile.*gone\.parquet"),
+        (with_group(time={"fixed_ms": 1, "estimator": "e.npz"}), r"functions\.vision\.time: .*e\.npz"),
+        (with_group(time={"fixed_ms": 1, "scale": 0}), r"functions\[0\]\.time\.scale"),
+        (with_group(around_ms=-1), r"functions\[0\]\.around_ms"),
+        (changed(interference="gone.json"), r"interference.*gone\.json"),
         (with_group(weights="heavy"), r"functions\.vision\.weights.*heavy"),
         (with_group(name="Not A Label"), "Not A Label"),
         ([1, 2], "object"),
@@ -119,6 +125,19 @@ def test_every_policy_accounts_for_every_request(policy: str, tmp_path: Path) ->
     assert 0 < found["gpu_seconds_busy"] <= found["gpu_seconds_reserved"] <= found["gpu_seconds_whole"] <= scenario.devices.total * (60 + 30)
     assert found["dollars"] == pytest.approx(found["gpu_seconds_reserved"] / 1000)
     assert found["total_p50_ms"] <= found["total_p99_ms"]
+
+
+def test_what_lies_around_a_run_may_differ_by_group(tmp_path: Path) -> None:
+    groups = [{**group, "load": {"per_minute": 60}} for group in SMALL["functions"]]
+    groups[1]["around_ms"] = 40
+    world = build(load(written(changed(around_ms=3, functions=groups), tmp_path)), 0)
+    assert world.around_ns == (3 * MS,) * 6 + (40 * MS,)
+    records = simulate("sluice", world).records
+    assert (
+        min(ms for ms, _ in records["default/batch"].parts["total"].curve())
+        > 60
+        > min(ms for ms, _ in records["default/vision-0"].parts["total"].curve())
+    )
 
 
 def test_the_warm_up_is_not_counted(tmp_path: Path) -> None:
