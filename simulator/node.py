@@ -7,9 +7,10 @@ what is decided by the code that runs in production.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import msgspec
+from msgspec import Meta
 
 from contracts.units import MS, S
 from nodeagent import events as ev
@@ -47,12 +48,12 @@ class Hardware(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     others run on beside it.
     """
 
-    lane_start_ns: int = 500 * MS
-    copy_start_ns: int = MS // 20
-    segment_ns: int = MS
-    tail: float = 0.1
-    cold_slowdown: float = 1.0
-    neighbour_slowdown: float = 0.0
+    lane_start_ns: Annotated[int, Meta(ge=0)] = 500 * MS
+    copy_start_ns: Annotated[int, Meta(ge=0)] = MS // 20
+    segment_ns: Annotated[int, Meta(ge=0)] = MS
+    tail: Annotated[float, Meta(ge=0, le=1)] = 0.1
+    cold_slowdown: Annotated[float, Meta(ge=1)] = 1.0
+    neighbour_slowdown: Annotated[float, Meta(ge=0)] = 0.0
 
 
 class Listener(Protocol):

@@ -8,26 +8,31 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 TICK_S = 2
 """Seconds between two decisions."""
+
+_Positive = Annotated[float, Meta(gt=0)]
+_Count = Annotated[int, Meta(ge=1)]
 
 
 class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the KPA is configured with; the defaults are Knative's. `target` and `total` are concurrent requests a pod: aimed at, and held at most."""
 
-    target: float = 70.0
-    total: float = 100.0
-    max_scale_up_rate: float = 1000.0
-    max_scale_down_rate: float = 2.0
-    panic_threshold: float = 2.0
+    target: _Positive = 70.0
+    total: _Positive = 100.0
+    max_scale_up_rate: _Positive = 1000.0
+    max_scale_down_rate: _Positive = 2.0
+    panic_threshold: _Positive = 2.0
     target_burst_capacity: float = 211.0
-    stable_window_s: int = 60
-    panic_window_s: int = 6
-    scale_down_delay_s: int = 0
-    activation_scale: int = 1
+    stable_window_s: _Count = 60
+    panic_window_s: _Count = 6
+    scale_down_delay_s: Annotated[int, Meta(ge=0)] = 0
+    activation_scale: _Count = 1
 
 
 class Decision(msgspec.Struct, frozen=True):

@@ -60,6 +60,8 @@ def test_the_scenarios_of_the_benchmarks_are_right(path: Path) -> None:
         (changed(spam=1), "spam"),
         (changed(hardware={"spam": 1}), "spam"),
         (changed(kpa={"spam": 1}), "spam"),
+        (changed(kpa={"target": 0}), r"kpa\.target"),
+        (changed(hardware={"tail": 2}), r"hardware\.tail"),
         (changed(span_s=0), r"span_s"),
         (changed(functions=[]), "functions"),
         (changed(policies=[]), "policies"),
