@@ -13,7 +13,7 @@ from nodeagent.copies import Link
 from nodeagent.entities import Device, FunctionState, Lane, LaneState, RequestState
 from nodeagent.lane_pool import LanePool
 from nodeagent.node import Node
-from nodeagent.placement import RunOn, SwapTo, choose, find_place, holder_wait_ns
+from nodeagent.placement import RunOn, SwapTo, choose, find_place, holder_wait_ns, lane_with_weights
 from nodeagent.swaps import Swaps
 from nodeagent.tokens import Tier, lateness_rank
 
@@ -39,7 +39,8 @@ class Dispatcher:
             self._release_hold(function)
             function.overtaken = 0
             return
-        self._place(function, function, function.queue[0], function.estimate.run_ns(function.queue[0].rows), now_ns)
+        head = function.queue[0]
+        self._place(function, function, head, function.estimate.run_ns(head.rows), now_ns)
 
     def requeue_paused(self, request: RequestState, now_ns: int) -> None:
         """Puts a paused batch where its urgency is now."""
@@ -49,10 +50,11 @@ class Dispatcher:
 
     def requeue_due(self, now_ns: int) -> None:
         """Looks again at all whose urgency has changed with time, and at devices where a lane may be started again after a failure."""
-        for device in self.node.device_list:
-            if 0 < device.start_after_ns <= now_ns:
-                device.start_after_ns = 0
-                self.node.free(device)
+        if self.node.restart_ns <= now_ns:
+            for device in self.node.device_list:
+                if 0 < device.start_after_ns <= now_ns:
+                    self.node.start_after(device, 0)
+                    self.node.free(device)
         for item in self.node.ready.due(now_ns):
             if isinstance(item, FunctionState):
                 self.requeue(item, now_ns)
@@ -62,7 +64,8 @@ class Dispatcher:
     @property
     def next_ns(self) -> int:
         """When `requeue_due` next has something to do."""
-        return min([self.node.ready.next_ns, *(device.start_after_ns for device in self.node.device_list if device.start_after_ns)])
+        ready_ns, restart_ns = self.node.ready.next_ns, self.node.restart_ns
+        return ready_ns if ready_ns < restart_ns else restart_ns
 
     def _place(self, item: FunctionState | RequestState, function: FunctionState, head: RequestState, estimate_ns: int, now_ns: int) -> None:
         tier, change_ns = function.account.tier(now_ns)
@@ -89,24 +92,40 @@ class Dispatcher:
 
     # Starting work.
 
+    def start_at_once(self, request: RequestState, now_ns: int) -> bool:
+        """Runs a request that finds nobody waiting, and its weights on a device with a free lane: there is no order to find, and nothing to move."""
+        function = request.function
+        if self.node.ready.order or self.node.freed or function.account.limit_due_ns > now_ns:
+            return False
+        lane = lane_with_weights(function, self.node.device_list)
+        if lane is None:
+            return False
+        self._start(request, lane, now_ns)
+        return True
+
     def dispatch(self, now_ns: int) -> None:
         """Starts all that can start now, then prefetches.
 
         What waited could not start when it was last tried, so only two things are looked at: work that is new or has become more urgent, and devices
         on which something has become free.
         """
-        idle_links: dict[int, Link] = {}
-        while self._new_items or self.node.freed:
-            if self.node.freed:
-                device = self.node.freed.pop(next(iter(self.node.freed)))
-                idle_links[id(device.link)] = device.link
+        node = self.node
+        if not self._new_items and not node.ready.order:
+            node.freed.clear()
+            return
+        idle_links: dict[Link, None] = {}
+        while node.freed or self._new_items:
+            if node.freed:
+                device = next(iter(node.freed))
+                del node.freed[device]
+                idle_links[device.link] = None
                 self._fill(device, now_ns)
             else:
                 function = self._new_items.pop(next(iter(self._new_items)))
-                if function.ready_key is not None and not self._try(function, self.node.device_list, now_ns):
-                    self._swaps.prefetch((function,), self.node.links.values(), now_ns)
-        if idle_links and len(self.node.ready):
-            self._swaps.prefetch(self.node.ready.head(_PREFETCH_SCAN), idle_links.values(), now_ns)
+                if function.ready_key is not None and not self._try(function, node.device_list, now_ns):
+                    self._swaps.prefetch((function,), node.links.values(), now_ns)
+        if idle_links and node.ready.order:
+            self._swaps.prefetch(node.ready.head(_PREFETCH_SCAN), idle_links, now_ns)
 
     def _fill(self, device: Device, now_ns: int) -> None:
         """Gives a device that has become freer to waiting work, most urgent first."""
@@ -187,9 +206,12 @@ class Dispatcher:
         """A start overtakes all stuck work that is more urgent, and overdue best-effort work in any case."""
         key = started.ready_key
         for item in self.node.ready.head(_SCAN):
-            if not isinstance(item, FunctionState) or item is started or not item.stuck or item.ready_key is None or key is None:
+            if item.ready_key is None or key is None:
                 continue
-            if item.ready_key < key or item.ready_key[0] is Tier.BE_OVERDUE:
+            if item.ready_key >= key and item.ready_key[0] is not Tier.BE_OVERDUE:
+                if item.ready_key[0] > Tier.BE_OVERDUE:
+                    return
+            elif isinstance(item, FunctionState) and item is not started and item.stuck:
                 item.overtaken += 1
                 if item.overtaken == self.node.settings.skip_limit:
                     self.requeue(item, now_ns)
@@ -197,9 +219,15 @@ class Dispatcher:
     # Running, pausing, resuming.
 
     def _run(self, function: FunctionState, lane: Lane, now_ns: int) -> None:
-        self._count_overtaken(function, now_ns)
+        if len(self.node.ready.order) > 1:
+            self._count_overtaken(function, now_ns)
         self._release_hold(function)
-        request = function.dequeue()
+        self._start(function.dequeue(), lane, now_ns)
+        self.requeue(function, now_ns)
+
+    def _start(self, request: RequestState, lane: Lane, now_ns: int) -> None:
+        """A request that waits no more goes to a lane."""
+        function = request.function
         extent = function.extents[lane.device.spec.id]
         extent.pins += 1
         request.lane = lane
@@ -214,7 +242,6 @@ class Dispatcher:
         self._pool.occupy(lane, now_ns)
         preemptible = function.spec.cls is FunctionClass.BEST_EFFORT
         self.node.emit(ev.Run(lane.number, request.number, function.spec.key, extent.offset, extent.copy, preemptible))
-        self.requeue(function, now_ns)
 
     def _resume(self, request: RequestState, device: Device, now_ns: int) -> None:
         """A paused batch goes on when its SMs are free; on a device kept for another only when nothing runs: it may hold the memory needed."""

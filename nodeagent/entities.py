@@ -187,7 +187,7 @@ class Lane:
     @property
     def active(self) -> bool:
         """It holds SMs now."""
-        return self.state in (LaneState.RUNNING, LaneState.PAUSING)
+        return self.state is LaneState.RUNNING or self.state is LaneState.PAUSING
 
     @property
     def preemptible(self) -> bool:

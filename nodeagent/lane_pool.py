@@ -25,11 +25,14 @@ class LanePool:
 
     def occupy(self, lane: Lane, now_ns: int) -> None:
         """A batch starts or goes on: the lane holds its SMs."""
+        device = lane.device
         lane.state = LaneState.RUNNING
         lane.since_ns = now_ns
-        lane.device.running_sm += lane.held_sm
-        lane.device.pausable += lane.preemptible
-        self.watch_ns = min(self.watch_ns, now_ns + self.node.settings.hang_ns)
+        device.running_sm += lane.held_sm
+        device.pausable += lane.preemptible
+        watch_ns = now_ns + self.node.settings.hang_ns
+        if watch_ns < self.watch_ns:
+            self.watch_ns = watch_ns
 
     def pause(self, lane: Lane) -> None:
         """Asks its batch to stand still at the next gate; it holds its SMs until then."""
@@ -40,18 +43,20 @@ class LanePool:
 
     def vacate(self, lane: Lane, state: LaneState, now_ns: int) -> None:
         """A lane no longer holds SMs; with its batch over (IDLE) its request leaves it."""
-        lane.device.pausable -= lane.preemptible
+        device, request = lane.device, lane.request
+        device.pausable -= lane.preemptible
         if lane.active:
-            lane.device.running_sm -= lane.held_sm
+            device.running_sm -= lane.held_sm
         lane.state = LaneState.STOPPING if lane.doomed and state is LaneState.IDLE else state
         lane.since_ns = now_ns
-        self.node.free(lane.device)
-        if state is not LaneState.PAUSED and lane.request is not None:
-            request, lane.request = lane.request, None
+        self.node.free(device)
+        if request is not None and state is not LaneState.PAUSED:
+            lane.request = None
             self.node.ready.discard(request)
-            request.function.account.end(request.estimate_ns)
-            request.function.running -= 1
-            extent = request.function.extents.get(lane.device.spec.id)
+            function = request.function
+            function.account.end(request.estimate_ns)
+            function.running -= 1
+            extent = function.extents.get(device.spec.id)
             if extent is not None:
                 extent.pins -= 1
 
@@ -74,9 +79,9 @@ class LanePool:
         idle = [lane for lane in device.lanes.values() if lane.state is LaneState.IDLE and lane.key != key]
         if idle:
             longest = min(idle, key=lambda lane: lane.since_ns)
-            device.start_after_ns = longest.since_ns + self.node.settings.window_ns
-            if device.start_after_ns <= now_ns:
-                device.start_after_ns = 0
+            rested_ns = longest.since_ns + self.node.settings.window_ns
+            self.node.start_after(device, rested_ns if rested_ns > now_ns else 0)
+            if rested_ns <= now_ns:
                 self.stop(longest, now_ns)
 
     def stop(self, lane: Lane, now_ns: int) -> None:
@@ -126,7 +131,7 @@ class LanePool:
         device = lane.device
         if lane.state is LaneState.STARTING:
             device.failed_starts += 1
-            device.start_after_ns = now_ns + min(30 * S, _FIRST_BACKOFF_NS << min(device.failed_starts, 10))
+            self.node.start_after(device, now_ns + min(30 * S, _FIRST_BACKOFF_NS << min(device.failed_starts, 10)))
         self.vacate(lane, LaneState.STOPPING, now_ns)
         self._swaps.abandon(lane, now_ns)
         del self.node.lanes[lane.number], device.lanes[lane.number]

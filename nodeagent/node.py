@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from nodeagent import events as ev
 from nodeagent.copies import Link
 from nodeagent.entities import Device, FunctionState, Lane
 from nodeagent.ready import ReadyQueue
 from nodeagent.settings import DeviceSpec, Settings
+from nodeagent.tokens import NEVER_NS
 
 
 class Node:
@@ -25,22 +26,28 @@ class Node:
         self.lanes: dict[int, Lane] = {}
         self.functions: dict[int, FunctionState] = {}
         self.ready = ReadyQueue()
-        self.freed: dict[str, Device] = {}
+        self.freed: dict[Device, None] = {}
+        self.restart_ns = NEVER_NS
+        """When the first device that had to wait may start a lane again."""
         self._out: list[ev.Command] = []
-        self._last_number = 0
-
-    def emit(self, command: ev.Command) -> None:
+        self.emit: Callable[[ev.Command], None] = self._out.append
         """A command goes out, after those before it."""
-        self._out.append(command)
+        self._last_number = 0
 
     def take_commands(self) -> list[ev.Command]:
         """All that has gone out since the last time."""
-        commands, self._out = self._out, []
+        commands = self._out.copy()
+        self._out.clear()
         return commands
 
     def free(self, device: Device) -> None:
         """SMs, a lane or memory of this device have become free: the next dispatch looks there."""
-        self.freed[device.spec.id] = device
+        self.freed[device] = None
+
+    def start_after(self, device: Device, at_ns: int) -> None:
+        """No lane is started on this device before then; 0: it need not wait."""
+        device.start_after_ns = at_ns
+        self.restart_ns = min((other.start_after_ns for other in self.device_list if other.start_after_ns), default=NEVER_NS)
 
     def next_number(self) -> int:
         """A number for a lane, a copy or a declaration of a function."""

@@ -48,29 +48,21 @@ def choose(
     function: FunctionState, candidates: Sequence[Device], devices: Mapping[str, Device], owners: Mapping[int, FunctionState], now_ns: int
 ) -> Choice:
     """Where the function's next batch should run, of the candidates; `devices` are all, `owners` the functions by number."""
+    hit = lane_with_weights(function, candidates) if function.extents else None
+    if hit is not None:
+        return RunOn(hit)
     sm_percent, _ = key = function.lane_key
     open_lanes: list[tuple[int, bool, int, Lane]] = []
     wanted: Device | None = None
     for at, device in enumerate(candidates):
         if device.running_sm + sm_percent > 100 or (device.held_for is not None and device.held_for is not function):
             continue
-        extent = function.extents.get(device.spec.id)
-        if extent is None:
-            lane = device.idle_lane(key)
-            if lane is not None:
-                full = device.memory.used_bytes + function.spec.weight_bytes > device.memory.capacity_bytes
-                open_lanes.append((device.link.swap_ns(function.spec.weight_bytes), full, at, lane))
-        elif extent.resident:
-            lane = device.idle_lane(key)
-            if lane is not None:
-                return RunOn(lane)
-        else:
-            copier = device.link.tasks[extent.copy].lane
-            lane = device.idle_lane(key, prefer=copier)
-            if lane is not None and lane.number == copier:
-                return RunOn(lane)
-        if lane is None and wanted is None and device.lacks_lane(key):
-            wanted = device if extent is not None or find_place(function, device, owners, now_ns) is not None else None
+        lane, held = device.idle_lane(key), device.spec.id in function.extents
+        if lane is not None and not held:
+            full = device.memory.used_bytes + function.spec.weight_bytes > device.memory.capacity_bytes
+            open_lanes.append((device.link.swap_ns(function.spec.weight_bytes), full, at, lane))
+        if lane is None and wanted is None and device.lacks_lane(key) and (held or find_place(function, device, owners, now_ns) is not None):
+            wanted = device
     if open_lanes:
         wait_ns = holder_wait_ns(function, devices, now_ns)
         open_lanes.sort(key=lambda entry: entry[:3])
@@ -86,6 +78,20 @@ def choose(
         if best is not None:
             return best
     return WaitFor(lane_wanted=wanted)
+
+
+def lane_with_weights(function: FunctionState, candidates: Sequence[Device]) -> Lane | None:
+    """A lane where the function can run now without a new copy: idle on a device that holds the weights, or the one that copies them."""
+    sm_percent, _ = key = function.lane_key
+    for device in candidates:
+        extent = function.extents.get(device.spec.id)
+        if extent is None or device.running_sm + sm_percent > 100 or (device.held_for is not None and device.held_for is not function):
+            continue
+        copier = 0 if extent.resident else device.link.tasks[extent.copy].lane
+        lane = device.idle_lane(key, prefer=copier)
+        if lane is not None and (not copier or lane.number == copier):
+            return lane
+    return None
 
 
 def holder_wait_ns(function: FunctionState, devices: Mapping[str, Device], now_ns: int) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
 from nodeagent.tokens import NEVER_NS, Tier
@@ -30,15 +29,13 @@ class ReadyQueue:
     """Items in order of urgency; those that are blocked wait outside the order for their time."""
 
     def __init__(self) -> None:
-        self._ordered: list[tuple[tuple[Any, ...], int, Any]] = []
+        self.order: list[tuple[tuple[Any, ...], int, Any]] = []
+        """What may start, most urgent first: (key, turn, item)."""
         self._wakes: list[tuple[int, int, Any]] = []
-
-    def __len__(self) -> int:
-        return len(self._ordered)
 
     def head(self, count: int) -> list[Any]:
         """The most urgent items, in order."""
-        return [entry[2] for entry in self._ordered[:count]]
+        return [entry[2] for entry in self.order[:count]]
 
     def place(self, item: Waiting, tier: Tier, order: tuple[Any, ...], change_ns: int) -> None:
         """Puts an item where its urgency says, until `change_ns`."""
@@ -47,7 +44,7 @@ class ReadyQueue:
         item.waiting = True
         if tier is not Tier.BLOCKED:
             item.ready_key = (tier, *order)
-            insort(self._ordered, (item.ready_key, item.turn, item))
+            insort(self.order, (item.ready_key, item.turn, item))
         if change_ns < item.wake_ns:
             item.wake_ns = change_ns
             heapq.heappush(self._wakes, (change_ns, item.turn, item))
@@ -58,10 +55,8 @@ class ReadyQueue:
             self._take_out(item)
         item.waiting = False
 
-    def due(self, now_ns: int) -> Sequence[Any]:
+    def due(self, now_ns: int) -> list[Any]:
         """Items whose time has come; each must be placed again if it still waits."""
-        if not self._wakes or self._wakes[0][0] > now_ns:
-            return ()
         found = []
         while self._wakes and self._wakes[0][0] <= now_ns:
             wake_ns, _, item = heapq.heappop(self._wakes)
@@ -83,5 +78,5 @@ class ReadyQueue:
         return NEVER_NS
 
     def _take_out(self, item: Waiting) -> None:
-        del self._ordered[bisect_left(self._ordered, (item.ready_key, item.turn))]
+        del self.order[bisect_left(self.order, (item.ready_key, item.turn))]
         item.ready_key = None

@@ -41,6 +41,7 @@ class NodeState:
         self.retired_ns = 0
         self._deadlines: list[tuple[int, int]] = []
         self._reap_at_ns = NEVER_NS
+        self._tick_ns = NEVER_NS
         self._lost: list[Device] = []
         self._handlers: dict[type[ev.Event], Callable[..., None]] = {
             ev.RequestArrived: self._request_arrived,
@@ -60,18 +61,23 @@ class NodeState:
 
     def handle(self, event: ev.Event, now_ns: int) -> list[ev.Command]:
         """What to do about an event that happened now. `now_ns` never falls."""
-        self._expire(now_ns)
-        self._dispatcher.requeue_due(now_ns)
+        if now_ns >= self._tick_ns:
+            self._expire(now_ns)
+            self._dispatcher.requeue_due(now_ns)
         self._handlers[type(event)](event, now_ns)
         if self._lost:
             self._forget_lost_weights()
         self._dispatcher.dispatch(now_ns)
+        self._tick_ns = self._next_tick_ns()
         return self.node.take_commands()
 
     def next_tick_ns(self) -> int | None:
         """When a Tick is needed if nothing else happens first; None when never."""
-        at = min(self._next_deadline_ns() + 1, self._dispatcher.next_ns, self._reap_at_ns, self._pool.watch_ns)
-        return None if at >= NEVER_NS else at
+        return None if self._tick_ns >= NEVER_NS else self._tick_ns
+
+    def _next_tick_ns(self) -> int:
+        deadline_ns = self._next_deadline_ns() + 1 if self._deadlines else NEVER_NS
+        return min(deadline_ns, self._dispatcher.next_ns, self._reap_at_ns, self._pool.watch_ns)
 
     def refusal(self, key: str, share: Share, weight_bytes: int = 0) -> str | None:
         """Why a function with this share cannot be served, None if it can: guarantees must add up to no more than the devices have."""
@@ -160,6 +166,8 @@ class NodeState:
         function.need.arrived(now_ns)
         request = RequestState(event, function, now_ns)
         self.requests[event.request] = request
+        if not function.queue and function.extents and self._dispatcher.start_at_once(request, now_ns):
+            return
         function.enqueue(request)
         heapq.heappush(self._deadlines, (event.deadline_ns, event.request))
         if len(function.queue) == 1:
@@ -167,6 +175,8 @@ class NodeState:
 
     def _earliest_finish_ns(self, function: FunctionState, run_ns: int, now_ns: int) -> int:
         """The soonest that one more batch could end if nobody else had any work: what is queued, spread over all devices, held to the limit."""
+        if not function.queue:
+            return max(now_ns, function.account.limit_due_ns) + run_ns
         share = function.account.share
         parallel = min(len(self.devices) * (100 // share.sm_percent), max(1, len(function.queue)))
         at_most_bp = share.limit_bp if share.limit_bp < WHOLE_QUOTA_BP else parallel * WHOLE_QUOTA_BP
@@ -291,7 +301,8 @@ class NodeState:
         if not device.lost:
             return
         device.lost = False
-        device.failed_starts = device.start_after_ns = 0
+        device.failed_starts = 0
+        self.node.start_after(device, 0)
         self._lost.remove(device)
         for function in self.functions.values():
             self._pool.want(device, function.lane_key, now_ns)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable
+from heapq import heappop, heappush
 from typing import Any
 
 from simulator.arrivals import Arrivals
@@ -22,7 +22,7 @@ class Engine:
     def at(self, when_ns: int, act: Callable[..., None], *arguments: Any) -> None:
         """Calls `act` at that time, at once after what is due now if the time has passed."""
         self._asked += 1
-        heapq.heappush(self._due, (max(when_ns, self.now_ns), self._asked, act, arguments))
+        heappush(self._due, (when_ns if when_ns > self.now_ns else self.now_ns, self._asked, act, arguments))
 
     def run(self, arrivals: Arrivals, arrive: Callable[[int], None], progress: Callable[[int], None] = lambda _: None) -> None:
         """Plays all arrivals, calling `arrive` with the function's index, and then what they have caused, until nothing is due.
@@ -34,7 +34,8 @@ class Engine:
             times, functions = arrivals.at_ns[start : start + _CHUNK].tolist(), arrivals.function[start : start + _CHUNK].tolist()
             for at_ns, function in zip(times, functions, strict=True):
                 while due and due[0][0] <= at_ns:
-                    self._next()
+                    self.now_ns, _, act, arguments = heappop(due)
+                    act(*arguments)
                 self.now_ns = at_ns
                 arrive(function)
             progress(start + len(times))
@@ -43,10 +44,7 @@ class Engine:
     def settle(self, until_ns: int | None = None) -> None:
         """Goes on until nothing is due, or until this time."""
         while self._due and (until_ns is None or self._due[0][0] <= until_ns):
-            self._next()
+            self.now_ns, _, act, arguments = heappop(self._due)
+            act(*arguments)
         if until_ns is not None:
             self.now_ns = max(self.now_ns, until_ns)
-
-    def _next(self) -> None:
-        self.now_ns, _, act, arguments = heapq.heappop(self._due)
-        act(*arguments)

@@ -7,6 +7,7 @@ room, and its batch is cut by the same code.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from contracts.functions import Function
 from contracts.units import MS
@@ -31,15 +32,12 @@ class _Served:
         self.wake_ns: int | None = None
 
 
-class _Run:
+class _Run(NamedTuple):
     """A batch on its way through a node."""
 
-    __slots__ = ("arrived_ns", "served", "submitted_ns")
-
-    def __init__(self, served: _Served, arrived_ns: list[int], submitted_ns: int) -> None:
-        self.served = served
-        self.arrived_ns = arrived_ns
-        self.submitted_ns = submitted_ns
+    served: _Served
+    arrived_ns: list[int]
+    submitted_ns: int
 
 
 class Fronts:
@@ -68,6 +66,10 @@ class Fronts:
         """A request of the function with this number: one row."""
         served, now_ns = self._served[number], self._engine.now_ns
         function, batcher = served.function, served.batcher
+        if not batcher.rows:
+            batcher.launched(1)  # nothing waits or runs: as from an empty queue, it leaves at once and alone
+            self._submit(served, [now_ns])
+            return
         deadline_ns = now_ns + function.timeout_ns
         if batcher.rows + 1 > batcher.max_rows:
             served.record.reject("the predictor's queue is full")
@@ -88,16 +90,22 @@ class Fronts:
             total_ns = now_ns - arrived_ns + around_ns
             served.record.answer(total_ns, total_ns - answer.swap_ns - answer.run_ns, answer.swap_ns, answer.run_ns, cold=answer.cold)
         served.estimates.observe(run.submitted_ns, now_ns, answer.swap_ns + answer.run_ns)
-        self._engine.at(now_ns, self._returned, run)
+        self._over(run)
 
     def rejected(self, reject: ev.Reject) -> None:
         """Listener of the nodes."""
         run = self._runs.pop(reject.request)
         run.served.record.reject(reject.reason.value, len(run.arrived_ns))
-        self._engine.at(self._engine.now_ns, self._returned, run)
+        self._over(run)
+
+    def _over(self, run: _Run) -> None:
+        """What waits may go now, but not within the node's own step, which still has commands to carry out."""
+        if run.served.batcher.queued_rows:
+            self._engine.at(self._engine.now_ns, self._returned, run)
+        else:
+            self._returned(run)
 
     def _returned(self, run: _Run) -> None:
-        """The batch is back: what waited may go. Not within the node's own step, which still has commands to carry out."""
         run.served.batcher.returned(len(run.arrived_ns))
         self._dispatch(run.served)
 

@@ -123,8 +123,9 @@ class SimulatedNode:
 
     def handle(self, event: ev.Event) -> None:
         """Something happens to the node now."""
+        carry = self._carry
         for command in self.state.handle(event, self._engine.now_ns):
-            self._carry[type(command)](command)
+            carry[type(command)](command)
         self._set_alarm()
 
     def _set_alarm(self) -> None:
@@ -183,7 +184,8 @@ class SimulatedNode:
     def _finish(self, lane: int, batch: _Batch, ends_ns: int) -> None:
         if batch.ends_ns == ends_ns and self._batches.get(lane) is batch:
             del self._batches[lane]
-            self._draw(lane, batch)
+            if self._timeline is not None:
+                self._draw(self._timeline, lane, batch)
             self.handle(ev.BatchFinished(lane, batch.request, batch.left_ns, batch.swap_ns))
 
     def _preempt(self, command: ev.Preempt) -> None:
@@ -197,7 +199,8 @@ class SimulatedNode:
 
     def _pause(self, lane: int, batch: _Batch, left_ns: int) -> None:
         ran_ns, batch.left_ns = batch.left_ns - left_ns, left_ns
-        self._draw(lane, batch)
+        if self._timeline is not None:
+            self._draw(self._timeline, lane, batch)
         self.handle(ev.BatchPaused(lane, batch.request, ran_ns))
 
     def _resume(self, command: ev.Resume) -> None:
@@ -207,13 +210,12 @@ class SimulatedNode:
         if not batch.copy:
             self._end_at(command.lane, batch, now_ns + batch.left_ns)
 
-    def _draw(self, lane: int, batch: _Batch) -> None:
+    def _draw(self, timeline: Timeline, lane: int, batch: _Batch) -> None:
         """A batch has run, or stood on its lane waiting for weights, until now."""
-        if self._timeline is not None:
-            found = self.state.lanes[lane]
-            assert found.request is not None
-            track = f"lane {lane} ({found.sm_percent} % {found.key[1]})"
-            self._timeline.span(found.device.spec.id, track, found.request.function.spec.key, batch.since_ns, self._engine.now_ns)
+        found = self.state.lanes[lane]
+        assert found.request is not None
+        track = f"lane {lane} ({found.sm_percent} % {found.key[1]})"
+        timeline.span(found.device.spec.id, track, found.request.function.spec.key, batch.since_ns, self._engine.now_ns)
 
     # Copies.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
+from math import log
 
 from contracts.units import MS
 
@@ -18,23 +19,29 @@ PARTS = ("total", "queue", "swap", "run")
 class Histogram:
     """Times in ns."""
 
-    __slots__ = ("_buckets", "count", "most_ns", "sum_ns")
+    __slots__ = ("_buckets", "most_ns", "sum_ns")
 
     def __init__(self) -> None:
-        self._buckets: Counter[int] = Counter()
-        self.count = self.sum_ns = self.most_ns = 0
+        self._buckets: dict[int, int] = {}
+        self.sum_ns = self.most_ns = 0
 
-    def add(self, time_ns: int, times: int = 1) -> None:
+    def add(self, time_ns: int) -> None:
         """Counts a time, 0 included."""
-        self._buckets[int(math.log(time_ns) / _WIDTH) if time_ns > 0 else -1] += times
-        self.count += times
-        self.sum_ns += time_ns * times
-        self.most_ns = max(self.most_ns, time_ns)
+        bucket = int(log(time_ns) / _WIDTH) if time_ns > 0 else -1
+        self._buckets[bucket] = self._buckets.get(bucket, 0) + 1
+        self.sum_ns += time_ns
+        if time_ns > self.most_ns:
+            self.most_ns = time_ns
+
+    @property
+    def count(self) -> int:
+        """How many times were counted."""
+        return sum(self._buckets.values())
 
     def merge(self, other: Histogram) -> None:
         """Takes over all that another has counted."""
-        self._buckets.update(other._buckets)
-        self.count += other.count
+        for bucket, times in other._buckets.items():
+            self._buckets[bucket] = self._buckets.get(bucket, 0) + times
         self.sum_ns += other.sum_ns
         self.most_ns = max(self.most_ns, other.most_ns)
 
@@ -49,22 +56,22 @@ class Histogram:
 
     def curve(self) -> list[tuple[float, float]]:
         """(ms, percent of the times that are not longer), ascending: the cumulative distribution."""
-        points, seen = [], 0
+        points, seen, count = [], 0, self.count
         for bucket in sorted(self._buckets):
             seen += self._buckets[bucket]
-            points.append((0.0 if bucket < 0 else min(self.most_ns, math.exp((bucket + 1) * _WIDTH)) / MS, 100 * seen / self.count))
+            points.append((0.0 if bucket < 0 else min(self.most_ns, math.exp((bucket + 1) * _WIDTH)) / MS, 100 * seen / count))
         return points
 
     @property
     def mean_ms(self) -> float:
         """Exact; nan when nothing was counted."""
-        return self.sum_ns / self.count / MS if self.count else math.nan
+        return self.sum_ns / self.count / MS if self._buckets else math.nan
 
 
 class Record:
     """One function. `late` requests were answered after the objective; a request that got no answer is late too."""
 
-    __slots__ = ("answered", "cold", "late", "objective_ns", "parts", "rejected")
+    __slots__ = ("_histograms", "answered", "cold", "late", "objective_ns", "parts", "rejected")
 
     def __init__(self, objective_ns: int) -> None:
         self.objective_ns = objective_ns
@@ -73,6 +80,7 @@ class Record:
     def clear(self) -> None:
         """Begins anew."""
         self.parts = {part: Histogram() for part in PARTS}
+        self._histograms = tuple(self.parts.values())
         self.answered = self.cold = self.late = 0
         self.rejected: Counter[str] = Counter()
 
@@ -81,8 +89,11 @@ class Record:
         self.answered += 1
         self.cold += cold
         self.late += total_ns > self.objective_ns
-        for part, time_ns in zip(PARTS, (total_ns, queue_ns, swap_ns, run_ns), strict=True):
-            self.parts[part].add(time_ns)
+        total, queue, swap, run = self._histograms
+        total.add(total_ns)
+        queue.add(queue_ns)
+        swap.add(swap_ns)
+        run.add(run_ns)
 
     def reject(self, reason: str, requests: int = 1) -> None:
         """So many requests got no answer."""
