@@ -17,9 +17,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from contracts.errors import InvalidFunction, InvalidValue, NotFound
 from contracts.units import S, parse_bytes
-from profiler import points, profiles
-from profiler.estimator import Estimator
+from profiler import points
 from profiler.points import Points
+from simulator.measured import Profiles
 from simulator.planning import demand, metrics, page, plan, report
 from simulator.planning.capacity import Capacity, Job, Machine, Played, Spells, Tally, play
 from simulator.planning.demand import Demand, Floats
@@ -140,39 +140,53 @@ def _from_prometheus(asked: Options, keys: Sequence[str]) -> _Seen:
 
 
 def _wanted(functions: Sequence[Declared], asked: Options, seen: _Seen) -> list[Wanted]:
-    table = None if asked.profile is None else points.read(asked.profile)
-    estimator = Estimator() if asked.estimator is None else Estimator.load(asked.estimator)
+    """The functions with what is known of each."""
+    if asked.estimator is not None and asked.profile is None:
+        raise InvalidValue("needs --profile", key="--estimator", value=str(asked.estimator))
+    measured = None if asked.profile is None else _Measured(points.read(asked.profile), Profiles(asked.profile, asked.estimator))
     found = []
     for one in functions:
         slo = _given(asked.slo_ms, one)
-        slo_ms = None if slo is None else _number("--slo-ms", slo)
-        found.append(wanted(one, _known(one, asked, seen, table, estimator), slo_ms))
+        found.append(wanted(one, _known(one, asked, seen, measured), None if slo is None else _number("--slo-ms", slo)))
     return found
 
 
-def _known(one: Declared, asked: Options, seen: _Seen, table: Points | None, estimator: Estimator) -> Known:
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    table: Points
+    profiles: Profiles
+
+    def name(self, one: Declared) -> str | None:
+        """Under which a function was measured: its key, or its name in any namespace."""
+        key, name = one.function.key, one.function.name
+        return key if key in self.table.functions else name if any(known.partition("/")[2] == name for known in self.table.functions) else None
+
+    def weight_bytes(self, name: str) -> int:
+        """Device memory of the weights."""
+        return max(point.device_bytes for point in self.table.points if name in (point.function, point.function.partition("/")[2]))
+
+
+def _known(one: Declared, asked: Options, seen: _Seen, measured: _Measured | None) -> Known:
     """Run times and weights: what was said on the command line goes before measurements, those before latencies."""
-    key = one.function.key
-    said = _given(asked.run_ms, one)
-    profile = None
-    if table is not None and (key in table.functions or one.function.name in {known.partition("/")[2] for known in table.functions}):
-        profile = profiles.profile(table, estimator, key if key in table.functions else one.function.name, asked.device)
-    if profile is not None and said is None:
-        return of_profile(profile, one.function.max_batch)
-    weights = _given(asked.weights, one)
-    if weights is None and profile is None:
+    key, name = one.function.key, measured.name(one) if measured is not None else None
+    said, weights = _given(asked.run_ms, one), _given(asked.weights, one)
+    if weights is not None:
+        weight_bytes = _size(weights)
+    elif measured is not None and name is not None:
+        weight_bytes = measured.weight_bytes(name)
+    else:
         raise NotFound(f"the size of {key}'s weights is not known: measure it (--profile), or give --weights {one.function.name}=SIZE")
-    weight_bytes = _size(weights) if weights is not None else max(point.device_bytes for point in profile.points) if profile is not None else 0
     if said is not None:
-        low, high = _range(said)
-        return of_range(low, high, weight_bytes, "--run-ms")
+        return of_range(*_range(said), weight_bytes, "--run-ms")
+    if measured is not None and name is not None:
+        return of_profile(measured.profiles, name, asked.device, weight_bytes)
     if key in seen.latencies:
         steps = seen.latencies[key]
         low, middle, high = (float(steps[min(len(steps) - 1, int(len(steps) * part))]) for part in (0.05, 0.5, 0.95))
         return of_range(low, high, weight_bytes, f"mean latencies of {len(steps)} steps, waiting included", middle)
-    known = "" if table is None else f" (in {asked.profile}: {', '.join(table.functions) or 'nothing'})"
+    there = "" if measured is None else f" ({asked.profile} has {', '.join(measured.table.functions) or 'nothing'})"
     raise NotFound(
-        f"how long {key} runs is not known{known}: measure it (--profile), give --run-ms {one.function.name}=MS, or use --latency-from-prometheus"
+        f"how long {key} runs is not known{there}: measure it (--profile), give --run-ms {one.function.name}=MS, or use --latency-from-prometheus"
     )
 
 

@@ -18,9 +18,10 @@ from contracts.functions import Function, Share
 from contracts.units import MS, WHOLE_QUOTA_BP, S
 from simulator.arrivals import Arrivals, of_many
 from simulator.latency import Latency
+from simulator.measured import Level
 from simulator.node import Hardware
 from simulator.planning.demand import busiest, by_function
-from simulator.planning.wanted import Level, Wanted
+from simulator.planning.wanted import Wanted
 from simulator.record import Histogram
 from simulator.run import simulate
 from simulator.scenario import Devices, Scenario, World
@@ -90,7 +91,7 @@ class Capacity:
         self,
         loads: Sequence[Arrivals],
         machine: Machine,
-        spells: Spells = Spells(),  # noqa: B008  # frozen
+        spells: Spells,
         players: Played = lambda jobs: map(play, jobs),
         said: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -166,7 +167,7 @@ class Capacity:
                 begin = max(0, start - self.spells.warm_up_ns)
                 cut = {member.key: calls[member.key][slice(*np.searchsorted(calls[member.key], (begin, end)))] - begin for member in members}
                 for group, count in self._nodes(members, devices, cut, level):
-                    yield Job(self._world(group, count, level, cut, end - begin, start - begin))
+                    yield Job(self._world(group, count, level, cut, (end - begin, start - begin), seed))
 
     def _nodes(self, members: Sequence[Wanted], devices: int, cut: dict[str, npt.NDArray[np.int64]], level: Level) -> list[tuple[list[Wanted], int]]:
         """Who goes to which node: each function, the busiest first, to the node that is least loaded for its size.
@@ -185,9 +186,10 @@ class Capacity:
         return [(group, count) for group, count in zip(groups, counts, strict=True) if group]
 
     def _world(
-        self, group: Sequence[Wanted], devices: int, level: Level, cut: dict[str, npt.NDArray[np.int64]], span_ns: int, warm_up_ns: int
+        self, group: Sequence[Wanted], devices: int, level: Level, cut: dict[str, npt.NDArray[np.int64]], span: tuple[int, int], seed: int
     ) -> World:
-        machine = self.machine
+        """A node and its load; `span` is how long that is, warm-up included, and how long the warm-up."""
+        machine, (span_ns, warm_up_ns) = self.machine, span
         layout = Devices(devices, 1, str(machine.memory_bytes), machine.link_gb_per_s, machine.per_link)
         scenario = Scenario(
             name="plan",
@@ -196,14 +198,14 @@ class Capacity:
             devices=layout,
             warm_up_s=warm_up_ns / S,
             hardware=machine.hardware,
-            around_ms=machine.around_ms,
         )
         work_ms = [member.run_ms(level) * len(cut[member.key]) for member in group]
         functions = _shares([member.function for member in group], [each * MS / span_ns for each in work_ms], devices)
-        latencies: dict[str, Latency] = {member.key: member.known.times[level] for member in group}
+        latencies: dict[str, Latency] = {member.key: member.times[level] for member in group}
         arrivals = of_many([member.key for member in group], [cut[member.key] for member in group], span_ns)
         weights = tuple(member.known.weight_bytes for member in group)
-        return World(scenario, machine.memory_bytes, functions, weights, (0,) * len(group), latencies, arrivals)
+        around = (int(machine.around_ms * MS),) * len(group)
+        return World(scenario, machine.memory_bytes, functions, weights, (0,) * len(group), latencies, arrivals, around, seed=seed)
 
 
 def _shares(functions: Sequence[Function], used: Sequence[float], devices: int) -> tuple[Function, ...]:

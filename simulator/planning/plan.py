@@ -14,9 +14,10 @@ from typing import Literal
 import numpy as np
 
 from contracts.units import MS, S, format_bytes, ms
+from simulator.measured import Level
 from simulator.planning.capacity import Capacity, Tally
 from simulator.planning.demand import active_part
-from simulator.planning.wanted import LEVELS, Level, Wanted
+from simulator.planning.wanted import LEVELS, Wanted
 
 Verdict = Literal["share", "keep dedicated", "nothing will do"]
 _HEAVY = 0.5
@@ -136,10 +137,10 @@ def _fitting(one: Wanted, capacity: Capacity, at_most: int) -> Wanted | str:
     if one.known.weight_bytes > memory:
         return f"its weights ({format_bytes(one.known.weight_bytes)}) do not fit in {format_bytes(memory)}: it needs a bigger GPU"
     objective_ms = ms(one.function.slo.latency_ns)
-    alone_ms = one.known.times["high"].run_ms(1, 100)
+    alone_ms = one.times["high"].run_ms(1, 100)
     if one.guaranteed and alone_ms > objective_ms:
         reason = f"alone on a whole device a request takes up to {alone_ms:.1f} ms, the objective is {objective_ms:g} ms: it needs a faster GPU"
-        if one.known.times["mean"].run_ms(1, 100) <= objective_ms:
+        if one.times["mean"].run_ms(1, 100) <= objective_ms:
             reason += ", or more measurements: the middle of the estimate would do"
         return reason
     batch = one.function.max_batch

@@ -9,9 +9,10 @@ from typing import Any
 from rich.table import Table
 
 from contracts.units import ms
+from simulator.measured import Level
 from simulator.planning.capacity import Capacity
 from simulator.planning.plan import Line, Plan, busy_devices
-from simulator.planning.wanted import LEVELS, Level
+from simulator.planning.wanted import LEVELS
 
 HOURS_A_MONTH = 730.0
 _COLUMNS = ("function", "req/s|", "at most|", "SLO", "", "SM % x time %|", "in SLO", "latency ms|", "now|", "verdict", "why")
@@ -51,7 +52,7 @@ def function(line: Line) -> dict[str, Any]:
         "share": {"sm_percent": one.function.share.sm_percent, "quota_percent": line.quota_percent, "max_batch": one.function.max_batch},
         "busy_devices": line.busy,
         "devices": {"now": line.now.most, "now_mean": line.now.mean, "own": line.devices},
-        "run_ms": {level: one.known.times[level].run_ms(1, 100) for level in LEVELS},
+        "run_ms": {level: one.times[level].run_ms(1, 100) for level in LEVELS},
         "run_ms_from": one.known.source,
         "weight_bytes": one.known.weight_bytes,
     }

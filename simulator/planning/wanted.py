@@ -1,30 +1,28 @@
 """What a plan is made for: functions as InferenceService documents declare them, and what is known of their models.
 
-Owns which facts of a document count (name, namespace, Sluice's annotations, replicas, GPUs) and the three levels of every run time: the lower end,
-the middle and the upper end of what is believed. A plan never loads a model, so documents for any runtime are taken.
+Owns which facts of a document count (name, namespace, Sluice's annotations, replicas, GPUs), the share of the SMs that a plan gives, and the three
+levels of every run time: the lower end, the middle and the upper end of what is believed. No model is loaded, so documents for any runtime are taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from contracts.errors import InvalidFunction
 from contracts.functions import PREFIX, Function, FunctionClass, Share, Slo, from_inference_service
 from contracts.units import MS
-from profiler.profiles import Profile
-from simulator.latency import Latency, Law, Table
+from simulator.latency import Latency, Law, Table, Varying
+from simulator.measured import Level, Profiles
 
-Level = Literal["low", "mean", "high"]
 LEVELS: tuple[Level, ...] = ("low", "mean", "high")
 SM_LEVELS = (25, 50, 75, 100)
 """Shares of the SMs that a plan gives: few, since every size takes a lane of its own on each device."""
 _NEARLY = 1.1
 _GPU = "nvidia.com/gpu"
-_TABLE_SM = (5, 10, 15, 20, 25, 30, 40, 50, 60, 75, 90, 100)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +43,35 @@ class Known:
     source: str
 
 
+class Sampled:
+    """A latency on one share of the SMs and on all, read once for batches up to a size: quick to ask, and small enough to send to a process."""
+
+    def __init__(self, latency: Latency, max_batch: int, sm_percent: int, at_least: Latency | None = None) -> None:
+        """`at_least`: another one, which this is nowhere below."""
+        self._sm_percent = sm_percent
+        self._rows = sorted({1 << power for power in range(max_batch.bit_length())} | {max_batch})
+        bounds = (latency, at_least or latency)
+        points = {(row, sm): max(bound.run_ms(row, sm) for bound in bounds) for row in self._rows for sm in {sm_percent, 100}}
+        self._times = Table(points)
+        self._factors = {row: latency.factors(row, sm_percent) for row in self._rows} if isinstance(latency, Varying) else {}
+
+    def run_ms(self, rows: int, sm_percent: int) -> float:
+        """`Latency`."""
+        return self._times.run_ms(rows, sm_percent)
+
+    def factors(self, rows: int, sm_percent: int) -> Sequence[float]:
+        """`Varying`, for batches of its share."""
+        return self._factors[max(row for row in self._rows if row <= rows)] if self._factors else ()
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A function to plan for. `function.share` is what the plan gives it."""
+    """A function to plan for. `function.share` holds the SMs that the plan gives it, `times` what it takes on them."""
 
     declared: Declared
     known: Known
     function: Function
+    times: Mapping[Level, Sampled]
 
     @property
     def key(self) -> str:
@@ -65,7 +85,7 @@ class Wanted:
 
     def run_ms(self, level: Level, rows: int = 1) -> float:
         """The run time of a batch on the SMs of its share."""
-        return self.known.times[level].run_ms(rows, self.function.share.sm_percent)
+        return self.times[level].run_ms(rows, self.function.share.sm_percent)
 
     def work_ms(self, level: Level) -> float:
         """Whole-device time of one request in the batches that serve most."""
@@ -80,13 +100,12 @@ class Wanted:
 def declared(document: object) -> Declared:
     """The function of an InferenceService of any runtime; InvalidFunction names the key."""
     root = document if isinstance(document, Mapping) else {}
-    metadata, spec = _part(root, "metadata"), _part(root, "spec")
-    predictor = _part(spec, "predictor")
-    if not predictor:
-        raise InvalidFunction("must be a mapping", key="spec.predictor", value=spec.get("predictor"))
+    metadata, predictor = _part(root, "metadata"), _part(_part(root, "spec"), "predictor")
     notes = {PREFIX + "catalog": "-", **_part(metadata, "annotations")}
     model = {"model": {"modelFormat": {"name": "sluice-catalog"}}}
     function = from_inference_service({**root, "metadata": {**metadata, "annotations": notes}, "spec": {"predictor": model}})
+    if not predictor:
+        raise InvalidFunction("must be a mapping that says something", key="spec.predictor", value=None)
     replicas = predictor.get("minReplicas", 1)
     if isinstance(replicas, bool) or not isinstance(replicas, int) or replicas < 0:
         raise InvalidFunction("must be a whole number", key="spec.predictor.minReplicas", value=replicas)
@@ -102,21 +121,17 @@ def wanted(declared: Declared, known: Known, slo_ms: float | None = None) -> Wan
 
 
 def _wanted(declared: Declared, known: Known, function: Function) -> Wanted:
-    times = known.times["mean"]
-    rows = (1, function.max_batch)
-    sm = next(sm for sm in SM_LEVELS if all(times.run_ms(row, sm) <= _NEARLY * times.run_ms(row, 100) for row in rows))
-    return Wanted(declared, known, msgspec.structs.replace(function, share=Share(sm, 1)))
+    mean, batch = known.times["mean"], function.max_batch
+    sm = next(sm for sm in SM_LEVELS if all(mean.run_ms(rows, sm) <= _NEARLY * mean.run_ms(rows, 100) for rows in (1, batch)))
+    times: dict[Level, Sampled] = {}
+    for level, below in zip(LEVELS, (None, *LEVELS), strict=False):
+        times[level] = Sampled(known.times[level], batch, sm, times[below] if below else None)
+    return Wanted(declared, known, msgspec.structs.replace(function, share=Share(sm, 1)), times)
 
 
-def of_profile(profile: Profile, max_batch: int) -> Known:
-    """From measurements: the estimate of a batch that has its SMs all of the time, with the estimate's 90 % interval."""
-    rows = sorted({1 << power for power in range(max_batch.bit_length())} | {max_batch})
-    grid = [(row, sm) for row in rows for sm in _TABLE_SM]
-    found = profile.estimate.predict([row for row, _ in grid], [sm for _, sm in grid], 100.0)
-    ends = {"low": found.low_ms, "mean": found.mean_ms, "high": found.high_ms}
-    times = {level: Table(dict(zip(grid, ends[level].tolist(), strict=True))) for level in LEVELS}
-    weight_bytes = max(point.device_bytes for point in profile.points)
-    return Known(weight_bytes, times, f"{len(profile.points)} measurements on {profile.device}")
+def of_profile(profiles: Profiles, function: str, device: str | None, weight_bytes: int) -> Known:
+    """From measurements: the estimate and the ends of its 90 % interval, with the spread of the batches that were measured."""
+    return Known(weight_bytes, {level: profiles.latency(function, device, level) for level in LEVELS}, "measurements")
 
 
 def of_range(low_ms: float, high_ms: float, weight_bytes: int, source: str, mean_ms: float | None = None) -> Known:

@@ -37,5 +37,5 @@ def load(functions: Sequence[Wanted], per_s: Sequence[float], seed: int = 0, spa
     return of_many([one.key for one in functions], [poisson(rate, span_ns, chance) for rate in per_s], span_ns)
 
 
-def capacity(functions: Sequence[Wanted], per_s: Sequence[float], machine: Machine = MACHINE, spells: Spells = Spells(SPAN_NS, 1)) -> Capacity:
-    return Capacity([load(functions, per_s)], machine, spells)
+def capacity(functions: Sequence[Wanted], per_s: Sequence[float], machine: Machine = MACHINE) -> Capacity:
+    return Capacity([load(functions, per_s)], machine, Spells(SPAN_NS, 1))
