@@ -2,7 +2,8 @@
 
 What a model's options ask for: `fault=error` fails the batch, `fault=crash` kills the lane, `fault=once` kills the first lane that runs it,
 `fault=hang` never ends, `fault=attach` fails the attach, `fault=lie` answers for another batch; `gate=FILE` waits for a file. A lane of `LYING_SM`
-percent proves another cap.
+percent proves another cap; on a fake GPU it reads back all SMs. There a lane of `FAST_SM` percent computes faster than its SMs allow, and one of
+`STILLBORN_SM` ends as it starts.
 """
 
 from __future__ import annotations
@@ -39,8 +40,11 @@ from contracts.wire import (
     ToLaneRun,
     UnmapSegment,
 )
+from tests.fakes import gpu
 
 LYING_SM = 13
+FAST_SM = 17
+STILLBORN_SM = 19
 _WAIT_S = 20.0
 
 
@@ -51,7 +55,7 @@ class FakeLane:
         self._spawn = spawn
         self._runs = Channel(socket.socket(fileno=fds[0]), ToLaneRun)
         self._copies = Channel(socket.socket(fileno=fds[1]), ToLaneCopy)
-        self._slab = mmap.mmap(fds[2], spawn.slab_bytes)
+        self._slab = mmap.mmap(os.open(spawn.slab_handle, os.O_RDWR) if spawn.slab_handle else fds[2], spawn.slab_bytes)
         self._page = LanePage(fds[3])
         self._functions: dict[str, tuple[WeightIndex, int]] = {}
         self._arrived: dict[int, int] = {}
@@ -62,8 +66,7 @@ class FakeLane:
     def serve(self) -> None:
         """Runs until the agent closes a channel."""
         threading.Thread(target=self._copy_until_the_end, daemon=True).start()
-        proved = 100 if self._spawn.sm_percent == LYING_SM else self._spawn.sm_percent
-        self._runs.send(LaneReady(self._spawn.lane, os.getpid(), proved))
+        self._runs.send(self._proof())
         while (received := self._runs.receive()) is not None:
             message, fds = received
             if isinstance(message, MapSegment):
@@ -73,6 +76,18 @@ class FakeLane:
                 del self._segments[message.segment]
             elif isinstance(message, Run):
                 self._run(message)
+
+    def _proof(self) -> LaneReady:
+        spawn = self._spawn
+        lies, fast = spawn.sm_percent == LYING_SM, spawn.sm_percent == FAST_SM
+        if not spawn.slab_handle:
+            return LaneReady(spawn.lane, os.getpid(), 100 if lies else spawn.sm_percent)
+        os.environ.update(spawn.environment)
+        if spawn.sm_percent == STILLBORN_SM:
+            os._exit(1)
+        joined = gpu.sms()
+        sms = spawn.lane_sms if spawn.backend == "green" else joined
+        return LaneReady(spawn.lane, os.getpid(), spawn.sm_percent, gpu.SMS if lies else sms, 100.0 if fast else 100 * sms / gpu.SMS)
 
     def _copy_until_the_end(self) -> None:
         try:
