@@ -46,7 +46,7 @@ def main() -> None:
 
 def _load_networks() -> None:
     """Builds one network of each architecture (without weights): the first costs torch's lazy imports, a second or more, which no lane should pay."""
-    for config in {entry.architecture: entry.defaults for entry in reversed(catalogue.ENTRIES.values())}.values():
+    for config in {entry.architecture: entry.defaults for entry in reversed(list(catalogue.ENTRIES.values()))}.values():
         networks.construct(config)
     gc.collect()
     gc.freeze()

@@ -39,8 +39,10 @@ def split(first_sm: int, sms: int, priority: int) -> Partition:
     groups, count, _ = _checked(cu.cuDevSmResourceSplitByCount(min(_MOST_GROUPS, whole.sm.smCount // size), whole, 0, size))
     if count and groups[0].sm.smCount > 0:
         size = groups[0].sm.smCount
-    first, wanted = first_sm // size, sms // size
-    if first_sm % size or sms % size or not wanted or first + wanted > count:
+    wanted = sms // size
+    # Some SMs of a device are in no whole group: what would reach beyond the last group begins before it.
+    first = min(first_sm // size, count - wanted)
+    if first_sm % size or sms % size or not wanted or first < 0:
         raise Unavailable(f"{sms} SMs from {first_sm} on are not whole groups of the {count} groups of {size} SMs that the device has")
     chosen = groups[first : first + wanted]
     description = _checked(cu.cuDevResourceGenerateDesc(chosen, wanted))

@@ -88,6 +88,7 @@ class LaneEnd:
     copies: Channel
     page: LanePage
     slab: mmap.mmap
+    ready: LaneReady | None = None
     pid: int = 0
     pidfd: int = -1
     _batches: Iterator[int] = field(default_factory=lambda: itertools.count(1))
@@ -187,11 +188,11 @@ class LaneEnd:
 
 
 class ForkServer:
-    """The real fork server on a socketpair."""
+    """The real fork server on a socketpair; `module` may put a fake below its devices."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = "predictor.worker") -> None:
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "predictor.worker", "--socket", str(theirs.fileno())]
+        command = [sys.executable, "-m", module, "--socket", str(theirs.fileno())]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=ROOT)
         theirs.close()
         self.channel = Channel(ours, Message)
@@ -204,18 +205,21 @@ class ForkServer:
         ends = [socket.socketpair() for _ in range(2)]
         slab_fd = os.memfd_create("test-slab", os.MFD_CLOEXEC)
         os.posix_fallocate(slab_fd, 0, spawn.slab_bytes)
+        if spawn.device.startswith("cuda"):
+            spawn = msgspec.structs.replace(spawn, slab_handle=f"/proc/{os.getpid()}/fd/{slab_fd}".encode())
         page_fd = LanePage.create()
         self.channel.send(spawn, [ends[0][1].fileno(), ends[1][1].fileno(), slab_fd, page_fd])
         for ours, theirs in ends:
             ours.settimeout(PATIENCE_S)
             theirs.close()
         end = LaneEnd(Channel(ends[0][0], FromLaneRun), Channel(ends[1][0], FromLaneCopy), LanePage(page_fd), mmap.mmap(slab_fd, spawn.slab_bytes))
-        os.close(slab_fd)
         os.close(page_fd)
         self.ends.append(end)
         ready = end.next_run()
+        os.close(slab_fd)
         assert isinstance(ready, LaneReady)
         assert (ready.lane, ready.sm_percent) == (spawn.lane, spawn.sm_percent)
+        end.ready = ready
         end.pid, end.pidfd = ready.pid, os.pidfd_open(ready.pid)
         return end
 
