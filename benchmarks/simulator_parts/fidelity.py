@@ -8,6 +8,7 @@ benchmarks/results/fidelity/real.json`.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import statistics
@@ -35,6 +36,7 @@ from profiler.session import NodeOptions, started
 from profiler.sweep import Plan, sweep
 from simulator import against, report
 from simulator.against import Line, Real, RealFunction
+from simulator.measured import factors_of
 from simulator.run import simulate
 from simulator.scenario import World, build, load
 from sluice.control import read_status
@@ -60,11 +62,11 @@ class _Load:
 
 _LOADS = {
     "minilm": _Load("minilm", 0.08),
-    "resnet": _Load("resnet50?size=128", 0.06),
-    "vit": _Load("vit-b?image_size=112&num_hidden_layers=4", 0.06),
-    "mlp": _Load("mlp?width=2048&depth=6", 0.06, "bursty"),
+    "resnet": _Load("resnet50?size=128", 0.07),
+    "vit": _Load("vit-b?image_size=112&num_hidden_layers=4", 0.07),
+    "mlp": _Load("mlp?width=2048&depth=6", 0.04, "bursty"),
     "cnn": _Load("cnn?size=128", 0.07),
-    "vad": _Load("silero-vad", 0.05, "bursty"),
+    "vad": _Load("silero-vad", 0.03, "bursty"),
 }
 
 
@@ -188,9 +190,9 @@ class _Calibration:
         copied = [(reply.run_ms, 1.0, outlasts_ms) for _, reply, outlasts_ms in outlasts if reply.swap_ms > reply.run_ms / 10]
         (tail, start_ms), _ = nnls(np.array([row[:2] for row in copied]), np.array([row[2] for row in copied])) if copied else ((0.1, 0.0), 0)
         return cls(
-            {name: warm_ms[name] / (profiled[name].gpu_ms + profiled[name].service_p50_ms - profiled[name].service_mean_ms) for name in singles},
+            {name: _usual([reply.run_ms for reply in warm[name]]) / (point.gpu_ms * _usual(factors_of(point))) for name, point in profiled.items()},
             {name: statistics.median(reply.around_ms + reply.queue_ms for reply in replies) for name, replies in singles.items()},
-            statistics.median(reply.run_ms / usual_ms for _, reply, usual_ms in cold) if cold else 1.0,
+            max(1.0, statistics.median(reply.run_ms / usual_ms for _, reply, usual_ms in cold)) if cold else 1.0,
             min(1.0, float(tail)),
             float(start_ms),
         )
@@ -199,6 +201,11 @@ class _Calibration:
         """Of a scenario file."""
         hardware = {"tail": round(self.tail, 3), "cold_slowdown": round(self.cold, 3), "copy_start_ns": round(self.copy_start_ms * MS)}
         return {"hardware": hardware, "around_ms": dict(self.around_ms), "scale": dict(self.scale)}
+
+
+def _usual(values: Sequence[float]) -> float:
+    """The mean of all but the greatest twentieth: few samples say little of the tail."""
+    return statistics.fmean(sorted(values)[: math.ceil(0.95 * len(values))])
 
 
 def _world(folder: Path, size: _Size, points: Points, calibrated: Mapping[str, Any]) -> World:
