@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from pathlib import Path
 
@@ -12,17 +13,19 @@ import msgspec
 from contracts.errors import NotFound
 from contracts.functions import Share
 from contracts.wire import FunctionStatus, NodeStatus, SetShare
+from nodeagent.shell.backends import SM_BACKENDS
 from sluice import control, doctor, mig, options, plan_options, profile, simulate, status
 from sluice.documents import read_functions
-from sluice.plan import Plan, default_device_memory, default_host_memory, default_run_dir
+from sluice.plan import Plan, default_device_memory, default_devices, default_host_memory, default_run_dir
 from sluice.ports import free_port
+
+_DEVICE = re.compile(r"(cpu|cuda):[0-9]{1,3}|cuda:(GPU|MIG)-[0-9a-fA-F-]+")
 
 
 def _devices(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
     for value in values:
-        kind, _, number = value.partition(":")
-        if kind != "cpu" or not (number.isascii() and number.isdecimal()):
-            raise click.BadParameter(f"{value!r} is no device that this version serves on: write cpu:0, cpu:1, ...")
+        if not _DEVICE.fullmatch(value) and values != ("auto",):
+            raise click.BadParameter(f"{value!r} is no device: write cpu:0, cuda:0, cuda: with the UUID of a GPU or MIG instance, or auto alone")
     if len(set(values)) != len(values):
         raise click.BadParameter(f"name each device once, got {' '.join(values)}")
     return values
@@ -57,16 +60,25 @@ main.add_command(plan_options.command)
     epilog=options.examples(
         "sluice up examples/functions.yaml --device-memory 640Mi --demo 30",
         "sluice up a.yaml b.yaml --device cpu:0 --device cpu:1 --port 0 --json",
+        "sluice up a.yaml --device cuda:0 --require-limits",
         "sluice up examples/functions.yaml --isolate --idle-seconds 5",
     ),
 )
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
-@click.option("--device", "devices", callback=_devices, multiple=True, metavar="cpu:N", help="A device to serve on (repeatable). [default: cpu:0]")
+@click.option(
+    "--device",
+    "devices",
+    callback=_devices,
+    multiple=True,
+    default=("auto",),
+    metavar="DEVICE",
+    help="A device to serve on: cpu:N, cuda:N, cuda:UUID (repeatable). [default: auto, all GPUs, or cpu:0 without any]",
+)
 @click.option(
     "--device-memory",
     callback=options.size,
     metavar="SIZE",
-    help="Memory of each device for weights. [default: a quarter of this machine's, at most 4Gi]",
+    help="Memory of each device for weights. [default: of a GPU what lanes leave; of a CPU device a quarter of this machine's, at most 4Gi]",
 )
 @click.option(
     "--host-memory",
@@ -87,6 +99,8 @@ main.add_command(plan_options.command)
 @click.option("--demo", "demo_s", type=click.FloatRange(min=1), metavar="SECONDS", help="Load every function so long, check every answer, and end.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the demo's arrivals and inputs.")
 @click.option("--threads", type=click.IntRange(1, 256), default=1, show_default=True, help="Compute threads of a CPU lane.")
+@click.option("--sm-backend", type=click.Choice(SM_BACKENDS), default="auto", show_default=True, help="What holds a GPU's lanes to their SMs.")
+@click.option("--require-limits", is_flag=True, help="Do not start on a GPU on which nothing can hold lanes to their SMs.")
 @options.run_dir
 @options.as_json
 @options.errors_in_one_line
@@ -104,6 +118,8 @@ def up_command(
     demo_s: float | None,
     seed: int,
     threads: int,
+    sm_backend: str,
+    require_limits: bool,
     run_dir: Path | None,
     as_json: bool,
 ) -> None:
@@ -116,11 +132,14 @@ def up_command(
 
     if isolate and grpc_port is not None:
         raise click.UsageError("--grpc-port and --isolate exclude each other: the router that wakes functions speaks HTTP alone")
+    functions = tuple(read_functions(files))
+    if devices == ("auto",):
+        devices = default_devices()
     plan = Plan(
-        functions=tuple(read_functions(files)),
+        functions=functions,
         run_dir=(run_dir or default_run_dir()).absolute(),
-        devices=devices or ("cpu:0",),
-        device_memory=device_memory or default_device_memory(),
+        devices=devices,
+        device_memory=device_memory or default_device_memory(devices),
         host_memory=host_memory or default_host_memory(),
         link_bytes_per_s=link_bandwidth,
         threads=threads,
@@ -129,6 +148,8 @@ def up_command(
         isolate=isolate,
         idle_s=idle_seconds,
         grpc_port=grpc_port,
+        sm_backend=sm_backend,
+        require_limits=require_limits,
     )
     demo = None if demo_s is None else up.DemoOptions(demo_s, seed)
     sys.exit(asyncio.run(up.run(plan, demo, as_json=as_json)))

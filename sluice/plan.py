@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from contracts.errors import InvalidValue, Unavailable
 from contracts.functions import Function
+from nodeagent.shell.gpus import GPUS_COMMAND, find_gpus
 from sluice.ports import authority
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One node: its functions, devices and limits (bytes, seconds; `link_bytes_per_s` None: as fast as it goes), and how it is reached."""
+    """One node: its functions, devices and limits (bytes, seconds), and how it is reached.
+
+    `device_memory` 0: of each GPU what its lanes leave; `link_bytes_per_s` None: as fast as it goes; `sm_backend` as of the agent.
+    """
 
     functions: tuple[Function, ...]
     run_dir: Path
@@ -26,11 +33,18 @@ class Plan:
     isolate: bool
     idle_s: float
     grpc_port: int | None = None
+    sm_backend: str = "auto"
+    require_limits: bool = False
 
     @property
     def url(self) -> str:
         """Where requests go."""
         return f"http://{authority(self.host)}:{self.port}"
+
+    @property
+    def gpus(self) -> bool:
+        """Whether any of its devices is a GPU."""
+        return any(map(_is_gpu, self.devices))
 
     def agent_arguments(self) -> list[str]:
         """The node agent's command line, without the interpreter."""
@@ -39,7 +53,14 @@ class Plan:
             arguments += ["--device", device]
         if self.link_bytes_per_s is not None:
             arguments += ["--link-bandwidth", str(self.link_bytes_per_s)]
+        if self.gpus:
+            arguments += ["--sm-backend", self.sm_backend]
+            arguments += ["--require-limits"] if self.require_limits else []
         return [*arguments, "--threads", str(self.threads)]
+
+
+def _is_gpu(device: str) -> bool:
+    return device.startswith("cuda:")
 
 
 def default_run_dir() -> Path:
@@ -48,8 +69,23 @@ def default_run_dir() -> Path:
     return Path(runtime) / "sluice" if runtime else Path(f"/tmp/sluice-{os.getuid()}")
 
 
-def default_device_memory() -> int:
-    """A quarter of this machine's memory, at most 4 GiB: the size of a CPU device when nobody names one."""
+def default_devices(dev: Path = Path("/dev"), command: Sequence[str] = GPUS_COMMAND) -> tuple[str, ...]:
+    """All GPUs that the driver shows, or the CPU device without any. Unavailable when GPUs are there and the driver does not work."""
+    if not any(dev.glob("nvidia[0-9]*")):
+        return ("cpu:0",)
+    try:
+        found = asyncio.run(find_gpus(command))
+    except Unavailable as error:
+        raise Unavailable(f"{error.message}; serve without GPUs with --device cpu:0") from None
+    return tuple(f"cuda:{number}" for number in range(len(found))) or ("cpu:0",)
+
+
+def default_device_memory(devices: Sequence[str] = ("cpu:0",)) -> int:
+    """The size of each device when nobody names one: 0 (what lanes leave) of GPUs, of CPU devices a quarter of the memory here, at most 4 GiB."""
+    if all(map(_is_gpu, devices)):
+        return 0
+    if any(map(_is_gpu, devices)):
+        raise InvalidValue("must be named where GPUs and CPU devices serve together", key="--device-memory", value=None)
     return min(4 << 30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
 
 

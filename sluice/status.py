@@ -36,7 +36,7 @@ def render(node: NodeStatus) -> RenderableType:
     """Devices above, functions below."""
     host = f"host memory {format_bytes(node.host_used_bytes)} of {format_bytes(node.host_budget_bytes)}"
     head = Text(f"agent {node.pid}, up {node.uptime_ns / S:.0f} s, {host}", style="dim")
-    return Group(head, _devices(node.devices), _functions(node.functions))
+    return Group(head, _devices(node.devices), *_gpus(node.devices), _functions(node.functions))
 
 
 def watch(read: Callable[[], NodeStatus]) -> None:
@@ -64,6 +64,16 @@ def _devices(devices: Sequence[DeviceStatus]) -> Table:
             lanes,
         )
     return table
+
+
+def _gpus(devices: Sequence[DeviceStatus]) -> Iterator[Text]:
+    """A line for each GPU: what holds its lanes to their SMs. One that is less than all is hard to overlook."""
+    for device in devices:
+        if device.backend != "pace":
+            style = {"mps": "dim", "green": "yellow"}.get(device.backend, "bold red")
+            yield Text(f"{device.device}: SMs are held by {device.backend}: {device.why}", style=style)
+        if device.state != "up":
+            yield Text(f"{device.device} is {device.state}: it is being brought back", style="bold red")
 
 
 def introduction(functions: Sequence[FunctionStatus]) -> Table:

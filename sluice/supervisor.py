@@ -27,6 +27,7 @@ from sluice.rundir import RunDir
 from sluice.status import share_text
 
 _AGENT_START_S = 30.0
+_GPU_START_S = 300.0
 _AGENT_GRACE_S = 20.0
 _POLL_S = 0.02
 
@@ -117,9 +118,10 @@ class Supervisor:
 
     async def _start_agent(self) -> Client:
         self._unlink_sockets()
+        start_s = _GPU_START_S if self._plan.gpus else _AGENT_START_S
         agent = self._agent = Child("agent", [sys.executable, "-m", "nodeagent", *self._plan.agent_arguments()], self._on_line)
         try:
-            async with asyncio.timeout(_AGENT_START_S):
+            async with asyncio.timeout(start_s):
                 while True:
                     with contextlib.suppress(Unavailable):
                         self._client = Client(self._plan.run_dir)
@@ -130,7 +132,7 @@ class Supervisor:
                         raise Unavailable(f"the node agent {describe_exit(agent.returncode)} as it started: {last_words(agent)}")
                     await asyncio.sleep(_POLL_S)
         except TimeoutError:
-            raise Unavailable(f"the node agent did not open its control socket within {_AGENT_START_S:g} s: {last_words(agent)}") from None
+            raise Unavailable(f"the node agent did not open its control socket within {start_s:g} s: {last_words(agent)}") from None
 
     def _unlink_sockets(self) -> None:
         """Nobody is to connect to what a dead agent left: a child of it that has not yet run its own program may still hold the listening end."""

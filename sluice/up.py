@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from contracts.errors import SluiceError
 from contracts.functions import Function
 from contracts.units import format_bytes
+from contracts.wire import NodeStatus
 from nodeagent.shell.hoststore import store_folder
 from sluice import examples, status
 from sluice.demo import run as demo_run
@@ -144,14 +145,14 @@ async def _introduce(plan: Plan, outcome: Outcome, supervisor: Supervisor, scree
     node = await supervisor.client.status()
     serving = {function.key for function in outcome.serving}
     screen.results.print(status.introduction([entry for entry in node.functions if entry.key in serving]))
-    screen.results.print(f"\nServing at {plan.url} on {_devices(plan)}. Try:\n", highlight=False, soft_wrap=True)
+    screen.results.print(f"\nServing at {plan.url} on {_devices(node)}. Try:\n", highlight=False, soft_wrap=True)
     for line in await _curl_lines(plan, outcome.serving):
         screen.results.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
     screen.results.print("\nCtrl-C stops.", highlight=False)
 
 
-def _devices(plan: Plan) -> str:
-    return f"{', '.join(plan.devices)} with {format_bytes(plan.device_memory)} each"
+def _devices(node: NodeStatus) -> str:
+    return ", ".join(f"{device.device} with {format_bytes(device.capacity_bytes)}" for device in node.devices)
 
 
 async def _curl_lines(plan: Plan, functions: Sequence[Function]) -> list[str]:

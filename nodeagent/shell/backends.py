@@ -39,6 +39,10 @@ class Backend(enum.StrEnum):
     QUOTA = "quota"
 
 
+SM_BACKENDS = ("auto", Backend.MPS.value, Backend.GREEN.value, Backend.QUOTA.value)
+"""What may be asked for."""
+
+
 class Unproven(ProtocolError):
     """A lane did not prove its SM cap."""
 
@@ -123,7 +127,7 @@ def choose(gpu: Gpu, no_mps: str, asked: str = "auto") -> Limits:
         return Limits(Backend.GREEN, gpu.sms, overlap=not no_mps, why=why, step=step, least=least)
     if asked == "auto":
         return Limits(Backend.QUOTA, gpu.sms, overlap=False, why=f"no MPS: {no_mps}; no green contexts: {no_green}")
-    raise InvalidValue("must be auto, mps, green or quota", key="sm-backend", value=asked)
+    raise InvalidValue(f"must be one of {', '.join(SM_BACKENDS)}", key="sm-backend", value=asked)
 
 
 def first_sm(limits: Limits, sms: int, taken: Sequence[tuple[int, int]]) -> int:

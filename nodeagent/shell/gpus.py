@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import msgspec
 
 from contracts.errors import InvalidValue, Unavailable
 
+GPUS_COMMAND = (sys.executable, "-m", "nodeagent.shell.cuda_driver")
 _PCI = Path("/sys/bus/pci/devices")
 _ASK_S = 60.0
 

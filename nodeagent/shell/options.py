@@ -15,12 +15,13 @@ from pathlib import Path
 import msgspec
 
 from contracts.units import MS, parse_bytes
+from nodeagent.shell.backends import SM_BACKENDS
+from nodeagent.shell.gpus import GPUS_COMMAND
 from nodeagent.shell.hoststore import store_folder
 from nodeagent.shell.mps import PATH_BYTES
 
 _SOCKET_PATH_BYTES = 107
 _DEVICE = re.compile(r"[a-z]+:[0-9]+|cuda:(GPU|MIG)-[0-9a-fA-F-]+")
-SM_BACKENDS = ("auto", "mps", "green", "quota")
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -49,7 +50,7 @@ class Options(msgspec.Struct, frozen=True):
     worker_command: tuple[str, ...] = (sys.executable, "-m", "predictor.worker")
     loader_command: tuple[str, ...] = (sys.executable, "-m", "models.loader")
     holder_command: tuple[str, ...] = (sys.executable, "-m", "predictor.worker.devices.holder")
-    gpus_command: tuple[str, ...] = (sys.executable, "-m", "nodeagent.shell.cuda_driver")
+    gpus_command: tuple[str, ...] = GPUS_COMMAND
     mps_command: tuple[str, ...] = ("nvidia-cuda-mps-control",)
 
 
