@@ -81,12 +81,11 @@ def run(files: Sequence[Path], asked: Options) -> bool:
     _check_names(asked, functions)
     seen = _from_trace(asked.trace, keys) if asked.trace is not None else _from_prometheus(asked, keys)
     planned = _wanted(functions, asked, seen)
-    loads = [seen.demand.draw(seed) for seed in range(asked.seeds)]
     machine = Machine(asked.device_memory, asked.devices_per_node, asked.link_gb_per_s)
     if asked.output is not None:
         asked.output.mkdir(parents=True, exist_ok=True)
     with _players(asked.processes) as players, _said() as said:
-        capacity = Capacity(loads, machine, Spells(asked.spell * S, asked.spells), players, said)
+        capacity = Capacity(seen.demand, machine, Spells(asked.spell * S, asked.spells), asked.seeds, players, said)
         now, notes = _now(planned, capacity, seen, asked)
         total = None if asked.now is None else Running(asked.now, asked.now)
         found = plan.make(planned, capacity, now, asked.max_devices, total)
@@ -205,7 +204,7 @@ def _now(planned: Sequence[Wanted], capacity: Capacity, seen: _Seen, asked: Opti
 
 
 def _show(found: plan.Plan, notes: Sequence[str], capacity: Capacity, asked: Options) -> None:
-    console().print(report.table(found, capacity.span_ns / S))
+    console().print(report.table(found, capacity.demand.span_ns / S))
     for line in (*report.totals(found, asked.device_cost), *notes):
         click.echo(line)
 

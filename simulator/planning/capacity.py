@@ -12,15 +12,14 @@ from dataclasses import dataclass
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from contracts.functions import Function, Share
 from contracts.units import MS, WHOLE_QUOTA_BP, S
-from simulator.arrivals import Arrivals, of_many
+from simulator.arrivals import of_many
 from simulator.latency import Latency
 from simulator.measured import Level
 from simulator.node import Hardware
-from simulator.planning.demand import busiest, by_function
+from simulator.planning.demand import Counts, Demand, Floats, Times, busiest
 from simulator.planning.wanted import Wanted
 from simulator.record import Histogram
 from simulator.run import simulate
@@ -85,20 +84,22 @@ Played = Callable[[Iterable[Job]], Iterator[dict[str, Tally]]]
 
 
 class Capacity:
-    """Trials on one load (its seeds), remembered. `players` carries out jobs, in parallel if it can; `said` hears what is tried."""
+    """Trials on one load, remembered. `players` carries out jobs, in parallel if it can; `said` hears what is tried."""
 
     def __init__(
         self,
-        loads: Sequence[Arrivals],
+        demand: Demand,
         machine: Machine,
         spells: Spells,
+        seeds: int = 1,
         players: Played = lambda jobs: map(play, jobs),
         said: Callable[[str], None] = lambda _: None,
     ) -> None:
+        self.demand = demand
         self.machine = machine
         self.spells = spells
-        self.span_ns = loads[0].span_ns
-        self.calls = [dict(zip(load.names, by_function(load), strict=True)) for load in loads]
+        self.seeds = seeds
+        self._place = {key: at for at, key in enumerate(demand.keys)}
         self._players = players
         self._said = said
         self._known: dict[tuple[tuple[tuple[str, int], ...], int, Level], dict[str, Tally]] = {}
@@ -137,39 +138,54 @@ class Capacity:
             self._known[known] = found
         return self._known[known]
 
-    def starts(self, members: Sequence[Wanted], level: Level = "mean", seed: int = 0) -> list[int]:
+    def counts(self, member: Wanted) -> Counts:
+        """How often it is called in each step."""
+        found: Counts = self.demand.counts[self._place[member.key]]
+        return found
+
+    def mean_per_s(self, member: Wanted) -> float:
+        """Its mean rate."""
+        return self.demand.mean_per_s(self._place[member.key])
+
+    def peak_per_s(self, member: Wanted) -> float:
+        """The rate of its busiest step."""
+        return self.demand.peak_per_s(self._place[member.key])
+
+    def busy(self, members: Iterable[Wanted], level: Level) -> Floats:
+        """Devices that these members' calls keep busy in each step, batches being as good as they can be."""
+        found = np.zeros(self.demand.counts.shape[1])
+        for member in members:
+            found += self.counts(member) * (member.work_ms(level) * MS / self.demand.step_ns)
+        return found
+
+    def starts(self, members: Iterable[Wanted]) -> list[int]:
         """When the spells that are played begin (ns): those in which these members have most to do."""
-        work = [member.work_ms(level) for member in members]
-        times = [self.calls[seed][member.key] for member in members]
-        return busiest(times, work, self.span_ns, self.spells.length_ns, self.spells.count)
+        demand = self.demand
+        return busiest(self.busy(members, "mean"), demand.span_ns, demand.step_ns, self.spells.length_ns, self.spells.count)
 
     def _load(self, members: Sequence[Wanted], level: Level) -> float:
-        """Devices kept busy in the busiest spell, batches being as good as they can be."""
-        most = 0.0
-        for seed, calls in enumerate(self.calls):
-            for start in self.starts(members, seed=seed):
-                end = min(self.span_ns, start + self.spells.length_ns)
-                work = sum(member.work_ms(level) * _within(calls[member.key], start, end) for member in members)
-                most = max(most, work * MS / (end - start))
-        return most
+        """Devices kept busy on average in the busiest spell."""
+        busy, step_ns = self.busy(members, level), self.demand.step_ns
+        steps = max(1, self.spells.length_ns // step_ns)
+        return max(float(busy[start // step_ns : start // step_ns + steps].mean()) for start in self.starts(members))
 
     def _least(self, members: Sequence[Wanted], level: Level) -> int:
         """So many devices cannot do: the work of the busiest spell would not end before the last of its requests is given up."""
         patience_ns = max(max(member.function.timeout_ns, member.function.slo.latency_ns) for member in members)
-        spell_ns = min(self.span_ns, self.spells.length_ns)
+        spell_ns = min(self.demand.span_ns, self.spells.length_ns)
         return max(0, math.ceil(self._load(members, level) * spell_ns / (spell_ns + patience_ns)) - 1)
 
     def _jobs(self, members: Sequence[Wanted], devices: int, level: Level) -> Iterator[Job]:
         """Every spell of every seed on every node."""
-        for seed, calls in enumerate(self.calls):
-            for start in self.starts(members, seed=seed):
-                end = min(self.span_ns, start + self.spells.length_ns)
+        for seed in range(self.seeds):
+            for start in self.starts(members):
+                end = min(self.demand.span_ns, start + self.spells.length_ns)
                 begin = max(0, start - self.spells.warm_up_ns)
-                cut = {member.key: calls[member.key][slice(*np.searchsorted(calls[member.key], (begin, end)))] - begin for member in members}
+                cut = {member.key: self.demand.calls(seed, self._place[member.key], begin, end) - begin for member in members}
                 for group, count in self._nodes(members, devices, cut, level):
                     yield Job(self._world(group, count, level, cut, (end - begin, start - begin), seed))
 
-    def _nodes(self, members: Sequence[Wanted], devices: int, cut: dict[str, npt.NDArray[np.int64]], level: Level) -> list[tuple[list[Wanted], int]]:
+    def _nodes(self, members: Sequence[Wanted], devices: int, cut: dict[str, Times], level: Level) -> list[tuple[list[Wanted], int]]:
         """Who goes to which node: each function, the busiest first, to the node that is least loaded for its size.
 
         One function alone has all devices as one node: its predictors on several nodes share its requests among them.
@@ -185,9 +201,7 @@ class Capacity:
             groups[node].append(member)
         return [(group, count) for group, count in zip(groups, counts, strict=True) if group]
 
-    def _world(
-        self, group: Sequence[Wanted], devices: int, level: Level, cut: dict[str, npt.NDArray[np.int64]], span: tuple[int, int], seed: int
-    ) -> World:
+    def _world(self, group: Sequence[Wanted], devices: int, level: Level, cut: dict[str, Times], span: tuple[int, int], seed: int) -> World:
         """A node and its load; `span` is how long that is, warm-up included, and how long the warm-up."""
         machine, (span_ns, warm_up_ns) = self.machine, span
         layout = Devices(devices, 1, str(machine.memory_bytes), machine.link_gb_per_s, machine.per_link)
@@ -218,11 +232,6 @@ def _shares(functions: Sequence[Function], used: Sequence[float], devices: int) 
     return tuple(
         msgspec.structs.replace(function, share=Share(function.share.sm_percent, quota)) for function, quota in zip(functions, quotas, strict=True)
     )
-
-
-def _within(times: npt.NDArray[np.int64], start: int, end: int) -> int:
-    first, last = np.searchsorted(times, (start, end))
-    return int(last - first)
 
 
 def _add(tally: Tally, other: Tally) -> None:

@@ -11,9 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
-from contracts.units import MS, S, format_bytes, ms
+from contracts.units import S, format_bytes, ms
 from simulator.measured import Level
 from simulator.planning.capacity import Capacity, Tally
 from simulator.planning.demand import active_part
@@ -21,7 +19,6 @@ from simulator.planning.wanted import LEVELS, Wanted
 
 Verdict = Literal["share", "keep dedicated", "nothing will do"]
 _HEAVY = 0.5
-_PEAK_NS = 60 * S
 _LINGER_NS = 90 * S
 """How long a Knative pod stays after its last request: the stable window, and the grace of 30 s."""
 
@@ -36,7 +33,7 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One function in the plan. `devices` are its own (none when it shares); `busy` is the part of a device that its busiest minute takes.
+    """One function in the plan. `devices` are its own (none when it shares); `busy` is the part of a device that its busiest step takes.
 
     `tallies` are of the simulation at each level of the run times, with the devices of the plan; empty where nothing was simulated.
     """
@@ -53,7 +50,7 @@ class Line:
 
     @property
     def quota_percent(self) -> float:
-        """The part of the time on the SMs of its share that it needs in its busiest minute."""
+        """The part of the time on the SMs of its share that it needs in its busiest step."""
         return 100 * self.peak_per_s * self.wanted.run_ms("high") / 1000
 
     def percentile_ms(self, level: Level) -> float:
@@ -104,7 +101,7 @@ def running(wanted: Wanted, capacity: Capacity) -> Running:
     gpus = wanted.declared.gpus
     if wanted.declared.replicas:
         return Running(wanted.declared.replicas * gpus, wanted.declared.replicas * gpus)
-    return Running(gpus, gpus * active_part(capacity.calls[0][wanted.key], capacity.span_ns, _LINGER_NS))
+    return Running(gpus, gpus * active_part(capacity.counts(wanted), capacity.demand.step_ns, _LINGER_NS))
 
 
 def swap_ms(wanted: Wanted, capacity: Capacity) -> float:
@@ -210,28 +207,17 @@ def _line(key: str, found: _Groups, capacity: Capacity, pool: Mapping[Level, int
         )
     one = next(one for one in found.pool if one.key == key)
     tallies = {level: capacity.tallies(found.pool, pool["high"], level)[key] for level in LEVELS}
-    called = len(capacity.calls[0][key])
-    reason = found.notes.get(key, "") if called else "never called: it takes host memory alone"
+    reason = found.notes.get(key, "") if capacity.counts(one).any() else "never called: it takes host memory alone"
     return _told(one, "share", reason, 0, now[key], capacity, tallies)
 
 
 def _told(one: Wanted, verdict: Verdict, reason: str, devices: int, now: Running, capacity: Capacity, tallies: Mapping[Level, Tally]) -> Line:
-    mean_per_s = len(capacity.calls[0][one.key]) * S / capacity.span_ns
-    return Line(one, verdict, reason, devices, now, mean_per_s, _peak_per_s(one, capacity), _busy(one, capacity), tallies)
-
-
-def _peak_per_s(one: Wanted, capacity: Capacity) -> float:
-    """The rate of its busiest minute."""
-    times = capacity.calls[0][one.key]
-    if not len(times):
-        return 0.0
-    long_ns = min(_PEAK_NS, capacity.span_ns)
-    return float((times.searchsorted(times + long_ns) - range(len(times))).max() * S / long_ns)
+    return Line(one, verdict, reason, devices, now, capacity.mean_per_s(one), capacity.peak_per_s(one), _busy(one, capacity), tallies)
 
 
 def _busy(one: Wanted, capacity: Capacity) -> float:
-    """Devices that its busiest minute keeps busy, batches being as good as they can be."""
-    return _peak_per_s(one, capacity) * one.work_ms("high") / 1000
+    """Devices that its busiest step keeps busy, batches being as good as they can be."""
+    return float(capacity.busy([one], "high").max())
 
 
 def _cold_ms(one: Wanted, capacity: Capacity) -> float:
@@ -262,13 +248,3 @@ def _fewest(capacity: Capacity, members: Sequence[Wanted], level: Level, at_most
 
 def _of_level(capacity: Capacity, one: Wanted, level: Level, devices: int) -> int:
     return devices if one.declared.gpus > 1 else _fewest(capacity, [one], level, devices)
-
-
-def busy_devices(lines: Iterable[Line], capacity: Capacity, level: Level, step_ns: int = _PEAK_NS) -> list[float]:
-    """Devices that the whole load keeps busy, step by step."""
-    steps = -(-capacity.span_ns // step_ns)
-    found = np.zeros(steps)
-    for line in lines:
-        calls = np.bincount(capacity.calls[0][line.wanted.key] // step_ns, minlength=steps)
-        found += calls * (line.wanted.work_ms(level) * MS / step_ns)
-    return [float(each) for each in found]

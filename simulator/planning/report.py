@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.table import Table
 
-from contracts.units import ms
+from contracts.units import S, ms
 from simulator.measured import Level
 from simulator.planning.capacity import Capacity
-from simulator.planning.plan import Line, Plan, busy_devices
+from simulator.planning.plan import Line, Plan
 from simulator.planning.wanted import LEVELS
 
 HOURS_A_MONTH = 730.0
@@ -20,15 +20,17 @@ _COLUMNS = ("function", "req/s|", "at most|", "SLO", "", "SM % x time %|", "in S
 
 def document(plan: Plan, capacity: Capacity, dollars_per_hour: float, notes: Sequence[str]) -> dict[str, Any]:
     """All of it. Levels are the ends and the middle of the run times that were assumed; a latency without requests is null."""
-    starts = [start / 1e9 for start in capacity.starts([line.wanted for line in plan.lines])]
+    wanted = [line.wanted for line in plan.lines]
+    length_s = min(capacity.demand.span_ns, capacity.spells.length_ns) / S
     return {
-        "span_s": capacity.span_ns / 1e9,
-        "simulated": {"starts_s": starts, "length_s": min(capacity.span_ns, capacity.spells.length_ns) / 1e9, "seeds": len(capacity.calls)},
+        "span_s": capacity.demand.span_ns / S,
+        "step_s": capacity.demand.step_ns / S,
+        "simulated": {"starts_s": [start / S for start in capacity.starts(wanted)], "length_s": length_s, "seeds": capacity.seeds},
         "devices": {"now": plan.now.most, "plan": dict(plan.devices), "pool": dict(plan.pool)},
         "gpu_hours_a_month": {"now": plan.now.mean * HOURS_A_MONTH, "plan": {level: count * HOURS_A_MONTH for level, count in plan.devices.items()}},
         "saved_a_month": {level: saved(plan, level, dollars_per_hour) for level in LEVELS},
         "functions": [function(line) for line in plan.lines],
-        "busy_devices": {level: busy_devices(plan.lines, capacity, level) for level in LEVELS},
+        "busy_devices": {level: capacity.busy(wanted, level).tolist() for level in LEVELS},
         "notes": list(notes),
     }
 
@@ -117,7 +119,7 @@ def _kept(line: Line) -> str:
 
 def _latency(line: Line) -> str:
     found = [line.percentile_ms(level) for level in LEVELS]
-    return "-" if math.isnan(found[1]) else f"{found[1]:.1f} ({found[0]:.1f} to {found[2]:.1f})"
+    return "-" if math.isnan(found[1]) else f"{found[1]:.1f} ({min(found):.1f} to {max(found):.1f})"
 
 
 def _between(low: float, high: float, form: str = "{:g}") -> str:

@@ -8,9 +8,9 @@ import numpy as np
 
 from contracts.functions import Function, FunctionClass, ModelFormat, ModelRef, Slo
 from contracts.units import GIB, MIB, MS, S
-from simulator.arrivals import Arrivals, of_many
 from simulator.generators import poisson
 from simulator.planning.capacity import Capacity, Machine, Spells
+from simulator.planning.demand import Demand, Times, of_calls
 from simulator.planning.wanted import Declared, Wanted, of_range, wanted
 
 SPAN_NS = 60 * S
@@ -32,10 +32,15 @@ def function(
     return wanted(Declared(found, replicas, gpus), of_range(*run_ms, weights, "a test"))
 
 
-def load(functions: Sequence[Wanted], per_s: Sequence[float], seed: int = 0, span_ns: int = SPAN_NS) -> Arrivals:
-    chance = np.random.default_rng(seed)
-    return of_many([one.key for one in functions], [poisson(rate, span_ns, chance) for rate in per_s], span_ns)
+def demand(functions: Sequence[Wanted], per_s: Sequence[float], first_seed: int = 0, span_ns: int = SPAN_NS) -> Demand:
+    """Poisson arrivals."""
+
+    def drawn(seed: int) -> list[Times]:
+        chance = np.random.default_rng((first_seed, seed))
+        return [poisson(rate, span_ns, chance) for rate in per_s]
+
+    return of_calls([one.key for one in functions], span_ns, drawn)
 
 
 def capacity(functions: Sequence[Wanted], per_s: Sequence[float], machine: Machine = MACHINE) -> Capacity:
-    return Capacity([load(functions, per_s)], machine, Spells(SPAN_NS, 1))
+    return Capacity(demand(functions, per_s), machine, Spells(SPAN_NS, 1))

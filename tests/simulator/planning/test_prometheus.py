@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from contracts.errors import InvalidValue, NotFound, SluiceError, Unavailable
+from contracts.units import S
 from simulator.planning import metrics
 from simulator.planning import prometheus as api
 from simulator.planning.demand import of_rates
@@ -111,11 +112,10 @@ def test_rates_of_all_pods_are_summed_through_a_restart(server: Prometheus) -> N
 
 def test_rates_become_as_many_calls(server: Prometheus) -> None:
     rates = metrics.rates(server, KEYS, WINDOW, Asked()).per_s
-    drawn = of_rates(KEYS, rates, WINDOW.step_s * 10**9).draw(0)
+    found = of_rates(KEYS, rates, WINDOW.step_s * S)
 
-    assert drawn.names == KEYS
-    assert drawn.span_ns == MINUTES * 60 * 10**9
-    np.testing.assert_allclose(np.bincount(drawn.function, minlength=3), rates.sum(axis=1) * 60, atol=1)
+    assert found.span_ns == MINUTES * 60 * S
+    np.testing.assert_allclose(found.counts.sum(axis=1), rates.sum(axis=1) * 60, atol=1)
 
 
 @pytest.mark.parametrize(
