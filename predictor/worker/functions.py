@@ -6,6 +6,7 @@ module lives as long as a function needs it. Never runs a module.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import mmap
 import os
@@ -92,7 +93,7 @@ class Functions:
     def attach(self, message: Attach, weights_fd: int) -> None:
         """Maps the weights (closing the descriptor), so that a copy may begin at once; `serve` does the rest. Replaces a function of that name."""
         try:
-            function = Function(message.function, _map(weights_fd))
+            function = Function(message.function, _map(weights_fd, self._device.writable_host))
         finally:
             os.close(weights_fd)
         with self._changed:
@@ -185,9 +186,12 @@ class Functions:
         return program
 
 
-def _map(weights_fd: int) -> torch.Tensor:
-    """The whole file, read only, as uint8."""
+def _map(weights_fd: int, writable: bool) -> torch.Tensor:
+    """The whole file as uint8: read only, except where the device cannot pin it so and the file may be opened otherwise. Nobody writes to it."""
     nbytes = os.fstat(weights_fd).st_size
     if not nbytes:
         return torch.empty(0, dtype=torch.uint8)
+    if writable:
+        with contextlib.suppress(OSError), open(f"/proc/self/fd/{weights_fd}", "r+b", buffering=0) as file:
+            return torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=torch.uint8)
     return torch.frombuffer(mmap.mmap(weights_fd, nbytes, prot=mmap.PROT_READ), dtype=torch.uint8)

@@ -46,7 +46,7 @@ from predictor.worker.segments import Segments
 from predictor.worker.swap import SwapEngine, Transfer
 
 _SWITCH_INTERVAL_S = 0.0005
-_QUIET_S = 0.02
+_QUIET_S = 0.005
 """For how long nothing must have come before work that can wait is taken up."""
 
 

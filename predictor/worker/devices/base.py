@@ -78,6 +78,9 @@ class Device(Protocol):
     asynchronous: bool
     """Whether `copy` returns before the bytes are there."""
 
+    writable_host: bool
+    """Whether `pin` needs memory that is mapped for writing too."""
+
     host_activations: bool
     """Whether what a batch allocates is memory of the process, so that RLIMIT_DATA bounds it."""
 

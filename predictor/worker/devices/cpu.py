@@ -109,6 +109,7 @@ class CpuDevice:
     piece_bytes = 2 * MIB
     proof = Proof()
     asynchronous = False
+    writable_host = False
     host_activations = True
     has_idle_work = False
 

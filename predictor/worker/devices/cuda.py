@@ -150,6 +150,7 @@ class CudaDevice:
         self._driver = driver
         self.slab = driver.open(handle, slab_bytes)
         self.piece_bytes = piece_bytes or _PIECE_BYTES
+        self.writable_host = not driver.registers_read_only
         driver.warm()
         self.proof = prove(driver, whole_ns)
         driver.trim()

@@ -61,6 +61,8 @@ class Driver(Protocol):
     """The product, as NVML would name it."""
     sms: int
     """The SMs that this context really has, read back from the driver."""
+    registers_read_only: bool
+    """Whether memory that is mapped read only can be registered."""
 
     def event(self, timing: bool = False) -> Event:
         """A new event, whose `synchronize` sleeps instead of spinning."""
@@ -78,7 +80,7 @@ class Driver(Protocol):
         """The memory behind another process's handle, uint8."""
 
     def register(self, memory: torch.Tensor) -> bool:
-        """Pins host memory that is mapped already, read only or not; False when the driver will not, and copies from it are slow."""
+        """Pins host memory that is mapped already; False when the driver will not, and copies from it are slow."""
 
     def unregister(self, memory: torch.Tensor) -> None:
         """Undoes `register`."""
@@ -105,10 +107,10 @@ class Driver(Protocol):
         """Gives back device memory that is allocated and not in use."""
 
     def capture(self, run: Callable[[], _T]) -> tuple[Graph, _T]:
-        """Records what `run` issues on `compute`, without running it; other threads may go on copying."""
+        """Records what `run` issues on `compute`, without running any of it; other threads may go on copying.
 
-    def rehearse(self, run: Callable[[], object]) -> None:
-        """Runs `run`; raises where it would make the host wait for the device, for such work cannot be captured."""
+        Raises where `run` would make the host wait for the device.
+        """
 
     def alive(self) -> bool:
         """Whether the device still does what it is asked; a context that is broken stays so."""

@@ -81,24 +81,24 @@ def link_speed(driver: seam.Driver, slab: torch.Tensor) -> tuple[int, int]:
     """(bytes per second of pinned copies into the slab, the smallest piece that is copied within 3 % of that)."""
     nbytes = min(_SAMPLE_BYTES, slab.numel())
     host = driver.pinned(nbytes)
-    speeds = {piece: max(_copied(driver, slab, host, piece) for _ in range(_REPEATS)) for piece in _PIECES if piece <= nbytes} or {
-        nbytes: _copied(driver, slab, host, nbytes)
+    speeds = {piece: max(timed_copies(driver, slab, host, piece) for _ in range(_REPEATS)) for piece in _PIECES if piece <= nbytes} or {
+        nbytes: timed_copies(driver, slab, host, nbytes)
     }
     best = max(speeds.values())
     return best, min(piece for piece, speed in speeds.items() if speed >= _KNEE * best)
 
 
-def _copied(driver: seam.Driver, slab: torch.Tensor, host: torch.Tensor, piece: int) -> int:
-    """Bytes per second of copying `host` piece by piece with an event after each, as lanes do."""
+def timed_copies(driver: seam.Driver, target: torch.Tensor, source: torch.Tensor, piece: int) -> int:
+    """Bytes per second of copying `source` piece by piece with an event after each, as lanes do."""
     begun, ended = driver.event(timing=True), driver.event(timing=True)
     begun.record(driver.copies)
-    for start in range(0, host.numel(), piece):
-        end = min(start + piece, host.numel())
-        driver.copy(slab[start:end], host[start:end], driver.copies)
+    for start in range(0, source.numel(), piece):
+        end = min(start + piece, source.numel())
+        driver.copy(target[start:end], source[start:end], driver.copies)
         driver.event().record(driver.copies)
     ended.record(driver.copies)
     ended.synchronize()
-    return round(host.numel() * S / max(1.0, begun.elapsed_time(ended) * _NS_PER_MS))
+    return round(source.numel() * S / max(1.0, begun.elapsed_time(ended) * _NS_PER_MS))
 
 
 if __name__ == "__main__":

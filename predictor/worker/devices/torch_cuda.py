@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -26,7 +28,6 @@ _ERROR_MEMORY_ALLOCATION = 2
 _AFFINITY_SM_COUNT = 0
 _OCCUPY_ELEMENTS = 1 << 24
 _PRIORITY = {FunctionClass.LATENCY_SENSITIVE: -1, FunctionClass.BEST_EFFORT: 0}
-_SYNC_ERROR, _SYNC_DEFAULT = 2, 0
 
 
 class _Affinity(ctypes.Structure):
@@ -57,6 +58,7 @@ class TorchCuda:
             self.compute = torch.cuda.Stream(self._device, priority=_PRIORITY[cls])
             self.sms = min(properties.multi_processor_count, _affinity_sms() or properties.multi_processor_count)
         self.copies: Stream = torch.cuda.Stream(self._device)
+        self.registers_read_only = self._try_read_only()
         torch.cuda.set_stream(self.compute)
 
     def event(self, timing: bool = False) -> Event:
@@ -86,10 +88,25 @@ class TorchCuda:
 
     def register(self, memory: torch.Tensor) -> bool:
         """As Driver.register."""
-        code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), _REGISTER_READ_ONLY))
+        code = self._register(memory, _REGISTER_READ_ONLY if self.registers_read_only else 0)
         if code:
             print(f"host memory cannot be pinned (cudaHostRegister: error {code}); swaps from it are slow", file=sys.stderr)
         return code == 0
+
+    def _try_read_only(self) -> bool:
+        """Asks with one page: not every driver and device can."""
+        fd = os.memfd_create("sluice-page", os.MFD_CLOEXEC)
+        os.ftruncate(fd, mmap.PAGESIZE)
+        page = torch.frombuffer(mmap.mmap(fd, mmap.PAGESIZE, prot=mmap.PROT_READ), dtype=torch.uint8)
+        os.close(fd)
+        if self._register(page, _REGISTER_READ_ONLY):
+            return False
+        self.unregister(page)
+        return True
+
+    def _register(self, memory: torch.Tensor, flags: int) -> int:
+        """The driver's error code, 0 for success."""
+        return int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), flags))
 
     def unregister(self, memory: torch.Tensor) -> None:
         """As Driver.unregister."""
@@ -105,6 +122,10 @@ class TorchCuda:
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
         """As Driver.copy."""
+        if stream is self.compute:
+            # The current stream of the one thread that asks for this.
+            target.copy_(source, non_blocking=True)
+            return
         with torch.cuda.stream(stream):  # type: ignore[arg-type]
             target.copy_(source, non_blocking=True)
 
@@ -137,23 +158,18 @@ class TorchCuda:
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
+            # So that torch itself refuses to wait, before CUDA does: that would break the capture.
+            torch.cuda.set_sync_debug_mode("error")
             result = run()
         except BaseException:
-            # The capture may be broken by the failure that is on its way up; the allocator must know that it has ended all the same.
+            # The allocator must know that the capture has ended, even where the failure that is on its way up broke it.
             with contextlib.suppress(RuntimeError):
                 graph.capture_end()
             raise
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         graph.capture_end()
         return graph, result
-
-    def rehearse(self, run: Callable[[], object]) -> None:
-        """As Driver.rehearse."""
-        torch.cuda.set_sync_debug_mode(_SYNC_ERROR)
-        try:
-            run()
-        finally:
-            torch.cuda.set_sync_debug_mode(_SYNC_DEFAULT)
-        torch.cuda.synchronize()
 
     def alive(self) -> bool:
         """As Driver.alive: has the device do something, since a wait for nothing may well succeed."""

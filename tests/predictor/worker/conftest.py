@@ -204,8 +204,11 @@ class ForkServer:
         spawn = msgspec.structs.replace(spawn, **changes)
         ends = [socket.socketpair() for _ in range(2)]
         slab_fd = os.memfd_create("test-slab", os.MFD_CLOEXEC)
-        os.posix_fallocate(slab_fd, 0, spawn.slab_bytes)
-        if spawn.device.startswith("cuda"):
+        if spawn.slab_handle:
+            os.ftruncate(slab_fd, spawn.slab_bytes)
+        else:
+            os.posix_fallocate(slab_fd, 0, spawn.slab_bytes)
+        if spawn.device.startswith("cuda") and not spawn.slab_handle:
             spawn = msgspec.structs.replace(spawn, slab_handle=f"/proc/{os.getpid()}/fd/{slab_fd}".encode())
         page_fd = LanePage.create()
         self.channel.send(spawn, [ends[0][1].fileno(), ends[1][1].fileno(), slab_fd, page_fd])

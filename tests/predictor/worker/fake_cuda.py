@@ -103,6 +103,7 @@ class FakeCuda:
     """As Driver. `pick` chooses which of the streams that can go on does so next; `halted` stops the device."""
 
     name = "Fake GPU"
+    registers_read_only = True
 
     def __init__(
         self,
@@ -264,9 +265,6 @@ class FakeCuda:
 
         self.graphs.append(FakeGraph(replay))
         return self.graphs[-1], result
-
-    def rehearse(self, run: Callable[[], object]) -> None:
-        run()
 
     def alive(self) -> bool:
         return not (self._breaks and os.path.exists(self._breaks))

@@ -152,7 +152,7 @@ def test_a_program_that_cannot_be_recorded_stays_eager_and_one_that_breaks_the_d
     def refuse(run: object) -> None:
         raise RuntimeError("called a synchronizing CUDA operation")
 
-    bench.driver.rehearse = refuse  # type: ignore[method-assign]
+    bench.driver.capture = refuse  # type: ignore[method-assign]
     for x in range(5):
         assert bench.answers("a", 0, x)
         bench.settle()
@@ -164,7 +164,7 @@ def test_a_program_that_cannot_be_recorded_stays_eager_and_one_that_breaks_the_d
 
     other = Bench("a")
     try:
-        other.driver.rehearse = destroy  # type: ignore[method-assign]
+        other.driver.capture = destroy  # type: ignore[method-assign]
         for x in (1, 2):
             other.answers("a", 0, x)
         with pytest.raises(Broken):
