@@ -20,6 +20,8 @@ from simulator.record import Record
 
 WINDOW_NS = 40 * MS
 """The period over which a quota is counted: HAS-GPU's."""
+WITHIN = 0.5
+"""The part of an objective that a batch may take; the rest is for waiting. Of 0.33 to 1 this lets most functions keep theirs, under either scaler."""
 
 
 class Size(msgspec.Struct, frozen=True, order=True):
@@ -106,7 +108,7 @@ class SharedGpus:
         self._charged_ns = engine.now_ns
         self._queues: list[deque[int]] = [deque() for _ in models]
         self._arrived = [0] * len(models)
-        self._running = False
+        self._loaded = self._over = False
 
     # What a scaler asks.
 
@@ -119,6 +121,10 @@ class SharedGpus:
         """What a batch takes in a pod of this size: it comes when the tokens of the window are spent, and runs at the pace of the quota."""
         run_ns = self._times.run_ns(self.models[function].key, size.batch, size.sm_percent)
         return run_ns * 100 // size.quota_percent + WINDOW_NS * (100 - size.quota_percent) // 100
+
+    def keeps(self, function: int, size: Size) -> bool:
+        """Whether a pod of this size is fast enough for the function's objective."""
+        return self.latency_ns(function, size) <= WITHIN * self.models[function].objective_ns
 
     def per_s(self, function: int, size: Size) -> float:
         """The throughput of a pod of this size: requests a second."""
@@ -141,9 +147,9 @@ class SharedGpus:
         self.on_gpu[gpu][function] += 1
         self.pods[function].append(pod)
         self._area += size.area
-        self.starts += self._running
+        self.starts += self._loaded
         self.most_used = max(self.most_used, self.used)
-        self._engine.at(self.now_ns + (self._pod_start_ns if self._running else 0), self._ready, pod)
+        self._engine.at(self.now_ns + (self._pod_start_ns if self._loaded else 0), self._ready, pod)
 
     def resize(self, pod: Pod, quota_percent: int) -> None:
         """Another quota for a pod, from its next batch on."""
@@ -169,12 +175,12 @@ class SharedGpus:
         """Before the first arrival: the first pods, and a decision every second until `stop`."""
         for function in range(len(self.models)):
             self._scaler.scale(self, function, 0.0)
-        self._running = True
+        self._loaded = True
         self._engine.at(self.now_ns + S, self._second)
 
     def stop(self) -> None:
         """The span is over: no more decisions. What waits is still served by the pods there are, which then go."""
-        self._running = False
+        self._over = True
         for function, pods in enumerate(self.pods):
             for pod in list(pods):
                 if not pod.busy and not self._queues[function] and not pod.stopping:
@@ -195,7 +201,7 @@ class SharedGpus:
         self._feed(function)
 
     def _second(self) -> None:
-        if self._running:
+        if not self._over:
             for function in range(len(self.models)):
                 self._expire(function)
                 per_s, self._arrived[function] = self._arrived[function], 0
@@ -243,7 +249,7 @@ class SharedGpus:
 
     def _rest(self, pod: Pod) -> None:
         """Once the span is over a pod goes that has nothing more to do."""
-        if not (self._running or pod.busy or pod.stopping):
+        if self._over and not (pod.busy or pod.stopping):
             self.end(pod)
 
     def _gone(self, pod: Pod) -> None:

@@ -68,7 +68,7 @@ class FastGShare:
     def _profiled(self, gpus: SharedGpus, function: int) -> list[Size]:
         """The sizes that keep the objective, by RPR descending; the fastest alone when none does."""
         sizes = [Size(sm, quota) for sm in SM_PERCENT for quota in QUOTA_PERCENT]
-        kept = [size for size in sizes if gpus.latency_ns(function, size) <= gpus.models[function].objective_ns]
+        kept = [size for size in sizes if gpus.keeps(function, size)]
         kept.sort(key=lambda size: (-gpus.per_s(function, size) / size.area, size))
         found = self._sizes[function] = kept or [min(sizes, key=lambda size: (gpus.latency_ns(function, size), size.area))]
         return found

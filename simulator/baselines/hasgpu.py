@@ -21,8 +21,6 @@ COOLDOWN_NS = 10 * S
 FULL = 0.95
 SM_PERCENT = tuple(range(5, 101, 5))
 BATCHES = (8, 4, 2, 1)
-BATCH_WITHIN = 0.5
-"""A batch takes at most this part of the objective: a request may have to wait for the one before it."""
 
 
 class Kalman:
@@ -157,7 +155,7 @@ class HasGpu:
         if pod.size.quota_percent <= STEP_PERCENT:
             return None
         smaller = msgspec.structs.replace(pod.size, quota_percent=pod.size.quota_percent - STEP_PERCENT)
-        return smaller if gpus.latency_ns(pod.function, smaller) <= gpus.models[pod.function].objective_ns else None
+        return smaller if gpus.keeps(pod.function, smaller) else None
 
     def _add_pods(self, gpus: SharedGpus, function: int, missing: float) -> None:
         """Pods until nothing is missing, or nothing fits; then not again before something has been freed."""
@@ -190,14 +188,10 @@ class HasGpu:
 
     def _possible(self, gpus: SharedGpus, function: int) -> list[Size]:
         """The sizes that keep the objective, smallest area first, each with the largest batch that does; the fastest alone when none does."""
-        model = gpus.models[function]
         grid = [(sm, quota) for sm in SM_PERCENT for quota in range(STEP_PERCENT, 101, STEP_PERCENT)]
-        found = []
-        for sm, quota in grid:
-            if gpus.latency_ns(function, Size(sm, quota)) <= model.objective_ns:
-                batches = [batch for batch in BATCHES if batch <= model.max_batch]
-                within = (size for batch in batches if gpus.latency_ns(function, size := Size(sm, quota, batch)) <= BATCH_WITHIN * model.objective_ns)
-                found.append(next(within, Size(sm, quota)))
-        fastest = min((Size(sm, quota) for sm, quota in grid), key=lambda size: (gpus.latency_ns(function, size), size.area))
-        sizes = self._sizes[function] = sorted(found, key=lambda size: (size.area, -gpus.per_s(function, size))) or [fastest]
+        batches = [batch for batch in BATCHES if batch <= gpus.models[function].max_batch]
+        largest = (next((size for batch in batches if gpus.keeps(function, size := Size(*point, batch))), None) for point in grid)
+        found = sorted((size for size in largest if size is not None), key=lambda size: (size.area, -gpus.per_s(function, size)))
+        fastest = min((Size(*point) for point in grid), key=lambda size: (gpus.latency_ns(function, size), size.area))
+        sizes = self._sizes[function] = found or [fastest]
         return sizes
