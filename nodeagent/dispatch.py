@@ -61,12 +61,6 @@ class Dispatcher:
             elif item.lane is not None and item.lane.request is item and item.lane.state is LaneState.PAUSED:
                 self.requeue_paused(item, now_ns)
 
-    @property
-    def next_ns(self) -> int:
-        """When `requeue_due` next has something to do."""
-        ready_ns, restart_ns = self.node.ready.next_ns, self.node.restart_ns
-        return ready_ns if ready_ns < restart_ns else restart_ns
-
     def _place(self, item: FunctionState | RequestState, function: FunctionState, head: RequestState, estimate_ns: int, now_ns: int) -> None:
         tier, change_ns = function.account.tier(now_ns)
         if tier is Tier.BLOCKED and item is not function:

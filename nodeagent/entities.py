@@ -162,27 +162,24 @@ class LaneState(enum.Enum):
 
 
 class Lane:
-    """A lane of a device. `since_ns` is when it took up its present state; `held_sm`: the SMs, in percent, that it holds of its device while it runs.
+    """A lane of a device. `since_ns` is when it took up its present state. Sizes are percent of the device's SMs.
 
-    `doomed`: it was told to end with a batch in hand, which hangs, or whose device is lost.
+    `sm_percent` is its cap, `held_sm` what it holds of its device while it runs. `doomed`: it was told to end with a batch in hand, which hangs, or whose device is lost.
     """
 
-    __slots__ = ("device", "doomed", "held_sm", "key", "number", "request", "since_ns", "state")
+    __slots__ = ("best_effort", "device", "doomed", "held_sm", "key", "number", "request", "since_ns", "sm_percent", "state")
 
     def __init__(self, number: int, device: Device, key: LaneKey, now_ns: int) -> None:
         self.number = number
         self.device = device
         self.key = key
-        self.held_sm = 100 if device.spec.exclusive else key[0]
+        self.sm_percent, cls = key
+        self.best_effort = cls is FunctionClass.BEST_EFFORT
+        self.held_sm = 100 if device.spec.exclusive else self.sm_percent
         self.state = LaneState.STARTING
         self.request: RequestState | None = None
         self.since_ns = now_ns
         self.doomed = False
-
-    @property
-    def sm_percent(self) -> int:
-        """Its SM cap."""
-        return self.key[0]
 
     @property
     def active(self) -> bool:
@@ -192,7 +189,7 @@ class Lane:
     @property
     def preemptible(self) -> bool:
         """Its batch may be asked to pause."""
-        return self.state is LaneState.RUNNING and self.key[1] is FunctionClass.BEST_EFFORT and not self.doomed
+        return self.best_effort and self.state is LaneState.RUNNING and not self.doomed
 
     @property
     def serving(self) -> bool:

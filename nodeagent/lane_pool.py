@@ -29,7 +29,8 @@ class LanePool:
         lane.state = LaneState.RUNNING
         lane.since_ns = now_ns
         device.running_sm += lane.held_sm
-        device.pausable += lane.preemptible
+        if lane.preemptible:
+            device.pausable += 1
         watch_ns = now_ns + self.node.settings.hang_ns
         if watch_ns < self.watch_ns:
             self.watch_ns = watch_ns
@@ -44,15 +45,17 @@ class LanePool:
     def vacate(self, lane: Lane, state: LaneState, now_ns: int) -> None:
         """A lane no longer holds SMs; with its batch over (IDLE) its request leaves it."""
         device, request = lane.device, lane.request
-        device.pausable -= lane.preemptible
         if lane.active:
             device.running_sm -= lane.held_sm
+            if lane.preemptible:
+                device.pausable -= 1
         lane.state = LaneState.STOPPING if lane.doomed and state is LaneState.IDLE else state
         lane.since_ns = now_ns
         self.node.free(device)
         if request is not None and state is not LaneState.PAUSED:
             lane.request = None
-            self.node.ready.discard(request)
+            if request.waiting:
+                self.node.ready.discard(request)
             function = request.function
             function.account.end(request.estimate_ns)
             function.running -= 1

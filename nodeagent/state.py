@@ -14,7 +14,7 @@ from contracts.functions import Share
 from contracts.units import MS, WHOLE_QUOTA_BP
 from nodeagent import events as ev
 from nodeagent.dispatch import Dispatcher
-from nodeagent.entities import Device, FunctionState, LaneState, RequestState
+from nodeagent.entities import Device, FunctionState, Lane, LaneState, RequestState
 from nodeagent.events import Reason
 from nodeagent.invariants import check
 from nodeagent.lane_pool import LanePool
@@ -41,7 +41,8 @@ class NodeState:
         self.retired_ns = 0
         self._deadlines: list[tuple[int, int]] = []
         self._reap_at_ns = NEVER_NS
-        self._tick_ns = NEVER_NS
+        self.tick_ns = NEVER_NS
+        """The same as `next_tick_ns`, a far future instead of None."""
         self._lost: list[Device] = []
         self._handlers: dict[type[ev.Event], Callable[..., None]] = {
             ev.RequestArrived: self._request_arrived,
@@ -61,23 +62,23 @@ class NodeState:
 
     def handle(self, event: ev.Event, now_ns: int) -> list[ev.Command]:
         """What to do about an event that happened now. `now_ns` never falls."""
-        if now_ns >= self._tick_ns:
+        if now_ns >= self.tick_ns:
             self._expire(now_ns)
             self._dispatcher.requeue_due(now_ns)
         self._handlers[type(event)](event, now_ns)
         if self._lost:
             self._forget_lost_weights()
         self._dispatcher.dispatch(now_ns)
-        self._tick_ns = self._next_tick_ns()
+        self.tick_ns = self._next_tick_ns()
         return self.node.take_commands()
 
     def next_tick_ns(self) -> int | None:
         """When a Tick is needed if nothing else happens first; None when never."""
-        return None if self._tick_ns >= NEVER_NS else self._tick_ns
+        return None if self.tick_ns >= NEVER_NS else self.tick_ns
 
     def _next_tick_ns(self) -> int:
         deadline_ns = self._next_deadline_ns() + 1 if self._deadlines else NEVER_NS
-        return min(deadline_ns, self._dispatcher.next_ns, self._reap_at_ns, self._pool.watch_ns)
+        return min(deadline_ns, self.node.ready.next_ns, self.node.restart_ns, self._reap_at_ns, self._pool.watch_ns)
 
     def refusal(self, key: str, share: Share, weight_bytes: int = 0) -> str | None:
         """Why a function with this share cannot be served, None if it can: guarantees must add up to no more than the devices have."""
@@ -223,7 +224,7 @@ class NodeState:
         if lane is None or lane.request is None or lane.request.number != event.request:
             return
         request, function = lane.request, lane.request.function
-        self._charge(request, event.gpu_ns)
+        self._charge(lane, request, event.gpu_ns)
         if event.ok:
             function.estimate.observe(request.rows, request.gpu_ns)
         self._pool.vacate(lane, LaneState.IDLE, now_ns)
@@ -242,22 +243,21 @@ class NodeState:
         lane = self.lanes.get(event.lane)
         if lane is None or lane.request is None or lane.request.number != event.request:
             return
-        self._charge(lane.request, event.gpu_ns)
+        self._charge(lane, lane.request, event.gpu_ns)
         self._pool.vacate(lane, LaneState.PAUSED, now_ns)
         self._dispatcher.requeue_paused(lane.request, now_ns)
 
-    def _charge(self, request: RequestState, gpu_ns: int) -> None:
+    def _charge(self, lane: Lane, request: RequestState, gpu_ns: int) -> None:
         request.gpu_ns += gpu_ns
         request.function.account.charge(gpu_ns)
-        assert request.lane is not None
-        request.lane.device.busy_ns += gpu_ns
+        lane.device.busy_ns += gpu_ns
         self.used_ns += gpu_ns
 
     def _settle(self, function: FunctionState, now_ns: int) -> None:
         """Its account or its running work has changed."""
         if function.removed:
             self._retire(function)
-        else:
+        elif function.queue:
             self._dispatcher.requeue(function, now_ns)
 
     def _copy_progress(self, event: ev.CopyProgress, now_ns: int) -> None:

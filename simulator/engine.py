@@ -24,14 +24,16 @@ class Engine:
         self._asked += 1
         heappush(self._due, (when_ns if when_ns > self.now_ns else self.now_ns, self._asked, act, arguments))
 
-    def run(self, arrivals: Arrivals, arrive: Callable[[int], None], progress: Callable[[int], None] = lambda _: None) -> None:
+    def run(self, arrivals: Arrivals, arrive: Callable[[int], None], progress: Callable[[int], None] = lambda _: None, *, start_ns: int = 0) -> None:
         """Plays all arrivals, calling `arrive` with the function's index, and then what they have caused, until nothing is due.
 
-        `progress` hears from time to time how many have arrived. Arrivals are not put on the heap: a day of them costs no memory.
+        They begin at `start_ns`. `progress` hears from time to time how many have arrived. Arrivals are not put on the heap: a day of them costs no
+        memory.
         """
         due = self._due
         for start in range(0, len(arrivals), _CHUNK):
-            times, functions = arrivals.at_ns[start : start + _CHUNK].tolist(), arrivals.function[start : start + _CHUNK].tolist()
+            part = slice(start, start + _CHUNK)
+            times, functions = (arrivals.at_ns[part] + start_ns).tolist(), arrivals.function[part].tolist()
             for at_ns, function in zip(times, functions, strict=True):
                 while due and due[0][0] <= at_ns:
                     self.now_ns, _, act, arguments = heappop(due)

@@ -100,10 +100,12 @@ class Fronts:
 
     def _over(self, run: _Run) -> None:
         """What waits may go now, but not within the node's own step, which still has commands to carry out."""
-        if run.served.batcher.queued_rows:
-            self._engine.at(self._engine.now_ns, self._returned, run)
+        served, now_ns = run.served, self._engine.now_ns
+        if served.batcher.queued_rows:
+            self._engine.at(now_ns, self._returned, run)
         else:
-            self._returned(run)
+            served.batcher.returned(len(run.arrived_ns))
+            served.batcher.take(now_ns)
 
     def _returned(self, run: _Run) -> None:
         run.served.batcher.returned(len(run.arrived_ns))

@@ -95,7 +95,6 @@ class SimulatedNode:
         beside: Beside | None = None,
     ) -> None:
         self.state = NodeState(devices, settings)
-        self.listener: Listener
         self._timeline = timeline
         self._engine = engine
         self._times = times
@@ -110,10 +109,8 @@ class SimulatedNode:
         self._tick_ns = NEVER_NS
         self._carry: dict[type[ev.Command], Callable[..., None]] = {
             ev.Run: self._run,
-            ev.Answer: lambda command: self.listener.answered(command),
             ev.Copy: self._copy,
             ev.CopyGrant: self._copy_grant,
-            ev.Reject: lambda command: self.listener.rejected(command),
             ev.Preempt: self._preempt,
             ev.Resume: self._resume,
             ev.Evict: lambda command: None,
@@ -121,27 +118,31 @@ class SimulatedNode:
             ev.StopLane: self._stop_lane,
         }
 
+    def _report_to(self, listener: Listener) -> None:
+        self._carry |= {ev.Answer: listener.answered, ev.Reject: listener.rejected}
+
+    listener = property(fset=_report_to, doc="Who hears of outcomes from now on; it is only ever set.")
+
     def handle(self, event: ev.Event) -> None:
         """Something happens to the node now."""
         carry = self._carry
         for command in self.state.handle(event, self._engine.now_ns):
             carry[type(command)](command)
-        self._set_alarm()
+        if self.state.tick_ns < self._tick_ns:
+            self._set_alarm()
 
     def _set_alarm(self) -> None:
-        tick_ns = self.state.next_tick_ns()
-        if tick_ns is not None and tick_ns < self._tick_ns:
-            self._tick_ns = tick_ns
-            self._engine.at(tick_ns, self._tick, tick_ns)
+        self._tick_ns = self.state.tick_ns
+        self._engine.at(self._tick_ns, self._tick, self._tick_ns)
 
     def _tick(self, tick_ns: int) -> None:
         """What it was set for may have passed meanwhile: then it is set anew."""
         if tick_ns != self._tick_ns:
             return
         self._tick_ns = NEVER_NS
-        if (self.state.next_tick_ns() or NEVER_NS) <= tick_ns:
+        if self.state.tick_ns <= tick_ns:
             self.handle(_TICK)
-        else:
+        elif self.state.tick_ns < NEVER_NS:
             self._set_alarm()
 
     # Lanes.

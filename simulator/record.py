@@ -27,8 +27,9 @@ class Histogram:
 
     def add(self, time_ns: int) -> None:
         """Counts a time, 0 included."""
+        buckets = self._buckets
         bucket = int(log(time_ns) / _WIDTH) if time_ns > 0 else -1
-        self._buckets[bucket] = self._buckets.get(bucket, 0) + 1
+        buckets[bucket] = buckets.get(bucket, 0) + 1
         self.sum_ns += time_ns
         if time_ns > self.most_ns:
             self.most_ns = time_ns

@@ -12,7 +12,6 @@ from contracts.errors import InvalidValue
 from contracts.units import S
 from nodeagent.events import FunctionDeclared, FunctionSpec
 from nodeagent.settings import DeviceSpec
-from simulator.arrivals import Arrivals
 from simulator.baselines.fastgshare import FastGShare
 from simulator.baselines.hasgpu import HasGpu
 from simulator.baselines.keepalive import KeepAlive
@@ -78,7 +77,7 @@ def _sluice(world: World, progress: Progress, timeline: Timeline | None = None) 
         node.handle(FunctionDeclared(FunctionSpec(function.key, function.cls, function.share, function.slo, weight_bytes, run_ns)))
     engine.settle(_START_NS)
     engine.at(_START_NS + int(scenario.warm_up_s * S), fronts.forget)
-    engine.run(_later(world.arrivals), fronts.arrive, progress)
+    engine.run(world.arrivals, fronts.arrive, progress, start_ns=_START_NS)
     all_devices = [device for node in nodes for device in node.state.devices.values()]
     accounts = [function.account for node in nodes for function in node.state.functions.values()]
     return Outcome(
@@ -99,7 +98,7 @@ def _whole_gpus(scheduler: Callable[[], Scheduler], *, swapping: bool = False) -
         pool = Pool(engine, _models(world), scenario.devices.total, world.device_bytes, scheduler(), _swapping(scenario) if swapping else None)
         pool.preload()
         engine.at(_START_NS + int(scenario.warm_up_s * S), pool.forget)
-        engine.run(_later(world.arrivals), pool.arrive, progress)
+        engine.run(world.arrivals, pool.arrive, progress, start_ns=_START_NS)
         return Outcome(
             {function.key: record for function, record in zip(world.functions, pool.records, strict=True)},
             reserved_s=_held_s(world, pool.last_ns),
@@ -139,7 +138,7 @@ def _rectangles(scaler: Callable[[int], Scaler], *, sharing: bool) -> Callable[[
         gpus.start()
         engine.at(_START_NS + int(scenario.warm_up_s * S), gpus.forget)
         engine.at(_START_NS + world.arrivals.span_ns, gpus.stop)
-        engine.run(_later(world.arrivals), gpus.arrive, progress)
+        engine.run(world.arrivals, gpus.arrive, progress, start_ns=_START_NS)
         return Outcome(
             {function.key: record for function, record in zip(world.functions, gpus.records, strict=True)},
             reserved_s=gpus.area_ns / S,
@@ -182,7 +181,7 @@ def _knative(world: World, progress: Progress) -> Outcome:
     knative.start()
     engine.at(_START_NS + int(world.scenario.warm_up_s * S), knative.forget)
     engine.at(_START_NS + world.arrivals.span_ns, knative.stop)
-    engine.run(_later(world.arrivals), knative.arrive, progress)
+    engine.run(world.arrivals, knative.arrive, progress, start_ns=_START_NS)
     return Outcome(
         {function.key: revision.record for function, revision in zip(world.functions, knative.revisions, strict=True)},
         reserved_s=knative.gpus.reserved_ns / S,
@@ -210,10 +209,6 @@ POLICIES: Mapping[str, Callable[[World, Progress], Outcome]] = {
     "knative": _knative,
     "knative-tuned": _tuned_knative,
 }
-
-
-def _later(arrivals: Arrivals) -> Arrivals:
-    return Arrivals(arrivals.names, arrivals.at_ns + _START_NS, arrivals.function, arrivals.span_ns + _START_NS)
 
 
 def _models(world: World) -> list[Model]:
