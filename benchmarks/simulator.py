@@ -1,11 +1,11 @@
-"""The simulator: its speed and memory. `simulator_parts` measures, each part with targets of its own."""
+"""The simulator: its speed and memory, and what it says of the policies. `simulator_parts` measures, each part with targets of its own."""
 
 from __future__ import annotations
 
 from benchmarks.result import Metric, Result
-from benchmarks.simulator_parts import speed
+from benchmarks.simulator_parts import speed, studies
 
-_PARTS = (speed,)
+_PARTS = (speed, studies)
 
 
 def run(quick: bool) -> Result:
