@@ -55,7 +55,7 @@ _TWIN = "twin"
 _ALMOST_ALL = Share.of(100, 99)
 _NEXT_TO_NOTHING = Share(1, 1)
 _ALIGNMENT = 64
-_START_S = 60.0
+_START_S = 180.0
 _STOP_S = 30.0
 _POLL_S = 0.02
 _TIMEOUT_NS = 600 * S
@@ -67,14 +67,19 @@ _prctl = ctypes.CDLL(None).prctl
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
+AGENT_COMMAND = (sys.executable, "-m", "nodeagent")
+
+
 class NodeOptions(msgspec.Struct, frozen=True):
-    """How an agent is started for a sweep. Memory in bytes; `link_bytes_per_s` 0 means as fast as it goes."""
+    """How an agent is started for a sweep. Memory in bytes; `link_bytes_per_s` 0 means as fast as it goes; `sm_backend` as of the agent."""
 
     device: str = "cpu:0"
     device_bytes: int = GIB
     host_bytes: int = 4 * GIB
     threads: int = 1
     link_bytes_per_s: int = 0
+    sm_backend: str = "auto"
+    agent: tuple[str, ...] = AGENT_COMMAND
 
 
 class Session:
@@ -263,9 +268,9 @@ def started(options: NodeOptions) -> Iterator[Session]:
         log = Path(folder, "log")
         arguments = ["--run-dir", str(run_dir), "--store", store, "--device", options.device]
         arguments += ["--device-memory", str(options.device_bytes), "--host-memory", str(options.host_bytes), "--threads", str(options.threads)]
-        arguments += ["--link-bandwidth", str(options.link_bytes_per_s), "--remove-store"]
+        arguments += ["--link-bandwidth", str(options.link_bytes_per_s), "--sm-backend", options.sm_backend, "--remove-store"]
         with log.open("wb") as output:
-            agent = _spawn([sys.executable, "-m", "nodeagent", *arguments], output.fileno())
+            agent = _spawn([*options.agent, *arguments], output.fileno())
         try:
             session = _reach(run_dir, Path(store), options.threads, agent, log)
             try:

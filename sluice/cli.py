@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 import msgspec
+from rich.console import Console
 
 from contracts.errors import NotFound
 from contracts.functions import Share
@@ -225,15 +226,27 @@ def _find(node: NodeStatus, function: str) -> FunctionStatus:
     "doctor",
     epilog=options.examples(
         "sluice doctor",
-        "sluice doctor --json",
+        "sluice doctor --require-limits --json                     fails where a GPU's SM limits cannot be proven",
     ),
 )
+@click.option(
+    "--sm-backend", type=click.Choice(SM_BACKENDS), default="auto", show_default=True, help="What is to hold the lanes of GPUs to their SMs."
+)
+@click.option("--require-limits", is_flag=True, help="Fail where a GPU's lanes cannot be held to a part of its SMs.")
 @options.run_dir
 @options.as_json
 @options.errors_in_one_line
-def doctor_command(run_dir: Path | None, as_json: bool) -> None:
-    """Check whether this machine can serve, and say what to do where it cannot. Exit code 1 when a check fails."""
+def doctor_command(sm_backend: str, require_limits: bool, run_dir: Path | None, as_json: bool) -> None:
+    """Check whether this machine can serve, and say what to do where it cannot. Exit code 1 when a check fails.
+
+    On each GPU a lane is started and has to prove that it is held to half of the SMs, which takes some seconds.
+    """
+    # Imported here: numpy takes a moment that `sluice status` should not wait for.
+    from sluice import doctor_gpus
+
     checks = doctor.examine((run_dir or default_run_dir()).absolute())
+    with Console(stderr=True).status("trying each GPU"):
+        checks += doctor_gpus.examine(sm_backend, require_limits)
     if as_json:
         click.echo(msgspec.json.encode(checks).decode())
     else:

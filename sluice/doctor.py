@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import array
 import contextlib
-import ctypes
 import json
 import mmap
 import os
@@ -27,8 +26,9 @@ from rich.table import Table
 from rich.text import Text
 
 from contracts.channel import connect
+from contracts.errors import SluiceError
 from contracts.units import GIB, format_bytes
-from sluice.plan import default_device_memory, default_host_memory
+from sluice.plan import default_device_memory, default_devices, default_host_memory
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 _STYLE = {OK: "green", WARN: "yellow", FAIL: "bold red"}
@@ -58,7 +58,6 @@ def examine(run_dir: Path) -> list[Check]:
         _descriptors,
         lambda: _run_dir(run_dir),
         lambda: _sockets(run_dir),
-        _gpus,
         _devices,
     ]
     return [check() for check in checks]
@@ -83,7 +82,7 @@ def _python() -> Check:
 
 
 def _packages() -> Check:
-    wanted = ("kserve", "aiohttp", "msgspec", "blake3")
+    wanted = ("aiohttp", "blake3", "msgspec", "uvicorn", "uvloop")
     found, missing = [], []
     for name in wanted:
         try:
@@ -195,23 +194,11 @@ def _sockets(run_dir: Path) -> Check:
     return Check("sockets", WARN, f"a node runs at {run_dir} already", "stop it before the next `sluice up`, or name another --run-dir")
 
 
-def _gpus() -> Check:
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return Check("GPU", OK, "none seen (no NVML)")
-    count = ctypes.c_uint()
-    if nvml.nvmlInit_v2():
-        return Check("GPU", WARN, "NVML is there but does not start", "check the driver: nvidia-smi")
-    try:
-        failed = nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
-    finally:
-        nvml.nvmlShutdown()
-    if failed or not count.value:
-        return Check("GPU", OK, "NVML sees no device")
-    return Check("GPU", WARN, f"NVML sees {count.value}", "this version serves on the CPU device; its GPUs stay unused")
-
-
 def _devices() -> Check:
-    device, host = format_bytes(default_device_memory()), format_bytes(default_host_memory())
-    return Check("devices", OK, f"`sluice up` would use cpu:0 with {device} of device memory and {host} for host weights")
+    try:
+        devices = default_devices()
+    except SluiceError as error:
+        return Check("devices", FAIL, error.message, "check the driver: nvidia-smi")
+    memory, host = default_device_memory(devices), format_bytes(default_host_memory())
+    each = format_bytes(memory) if memory else "what lanes leave"
+    return Check("devices", OK, f"`sluice up` would use {', '.join(devices)} with {each} of device memory and {host} for host weights")
