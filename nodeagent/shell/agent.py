@@ -84,7 +84,9 @@ class Agent:
         listeners: list[Listener] = []
         try:
             if self._options.metrics_port is not None:
-                port, stop_metrics = metrics.serve(self._options.metrics_port, self._status)
+                port, stop_metrics = metrics.serve(
+                    self._options.metrics_port, self._status, {name: slab.uuid for name, slab in self._slabs.items() if slab.uuid}
+                )
                 _log.info("metrics on http://127.0.0.1:%d/metrics", port)
             listeners.append(Listener(self._options.run_dir / "agent.sock", self._peers.connect))
             listeners.append(Listener(self._options.run_dir / "control.sock", self._controls.connect))

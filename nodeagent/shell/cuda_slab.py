@@ -82,6 +82,11 @@ class CudaSlab:
         """Why so."""
         return self._limits.why
 
+    @property
+    def uuid(self) -> str:
+        """Of the GPU or MIG instance."""
+        return self._gpu.uuid
+
     def refusal(self, sm_percent: int) -> str | None:
         """As Slab.refusal."""
         reason = self._limits.refusal(sm_percent)

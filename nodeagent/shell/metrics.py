@@ -6,7 +6,7 @@ Owns the HTTP server. The counters belong to the agent's loop, so a scrape asks 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -15,15 +15,18 @@ from prometheus_client.registry import Collector
 from contracts import metrics as names
 from contracts.units import S
 from contracts.wire import DeviceStatus, FunctionStatus, NodeStatus
+from nodeagent.shell.gpu_metrics import GpuCollector
 
 _SCRAPE_S = 5.0
 
 
-def serve(port: int, status: Callable[[], NodeStatus]) -> tuple[int, Callable[[], None]]:
-    """Serves on 127.0.0.1:`port` (0: any); returns the port and what stops it. OSError when the port is taken."""
+def serve(port: int, status: Callable[[], NodeStatus], gpus: Mapping[str, str]) -> tuple[int, Callable[[], None]]:
+    """Serves on 127.0.0.1:`port` (0: any); returns the port and what stops it. `gpus`: device -> UUID. OSError when the port is taken."""
     registry = CollectorRegistry()
     loop = asyncio.get_running_loop()
     registry.register(_StatusCollector(lambda: asyncio.run_coroutine_threadsafe(_ask(status), loop).result(_SCRAPE_S)))
+    if gpus:
+        registry.register(GpuCollector(gpus))
     server, _ = start_http_server(port, "127.0.0.1", registry)
 
     def stop() -> None:
@@ -72,8 +75,10 @@ def _devices(devices: tuple[DeviceStatus, ...]) -> Iterator[Metric]:
     used = GaugeMetricFamily(names.DEVICE_MEMORY_BYTES, "Bytes of weights on the device.", labels=["device"])
     swapped = CounterMetricFamily(names.SWAPPED_BYTES, "Bytes copied to the device.", labels=["device"])
     lanes = GaugeMetricFamily(names.LANES, "Lanes of the device.", labels=["device"])
+    busy = CounterMetricFamily(names.DEVICE_BUSY_SECONDS, "GPU time used on the device, by all functions.", labels=["device"])
     for device in devices:
         used.add_metric([device.device], device.used_bytes)
         swapped.add_metric([device.device], device.swapped_bytes)
         lanes.add_metric([device.device], len(device.lanes))
-    yield from (used, swapped, lanes)
+        busy.add_metric([device.device], device.busy_ns / S)
+    yield from (used, swapped, lanes, busy)

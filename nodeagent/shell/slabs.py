@@ -51,6 +51,10 @@ class Slab(Protocol):
     def why(self) -> str:
         """Why it is no other, for people."""
 
+    @property
+    def uuid(self) -> str:
+        """As the driver knows the device, "" where there is no driver."""
+
     def refusal(self, sm_percent: int) -> str | None:
         """Why no lane can be held to this size, None if one can."""
 
@@ -84,6 +88,7 @@ class CpuSlab:
 
     backend = Backend.PACE
     why = "lanes pace themselves"
+    uuid = ""
 
     def __init__(self, device: str, options: Options) -> None:
         """Unavailable when the memory is not there."""
