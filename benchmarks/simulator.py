@@ -1,11 +1,11 @@
-"""The simulator: its speed and memory, and what it says of the policies. `simulator_parts` measures, each part with targets of its own."""
+"""The simulator: its speed and memory, how true it is, and what it says of the policies. `simulator_parts` measures, each part with targets of its own."""
 
 from __future__ import annotations
 
 from benchmarks.result import Metric, Result
-from benchmarks.simulator_parts import speed, studies
+from benchmarks.simulator_parts import fidelity, speed, studies
 
-_PARTS = (speed, studies)
+_PARTS = (speed, fidelity, studies)
 
 
 def run(quick: bool) -> Result:

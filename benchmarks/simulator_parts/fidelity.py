@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from scipy.optimize import nnls
 
 from benchmarks.open_loop import Node, Reply, Request, play, serving
 from benchmarks.result import Metric
@@ -30,7 +29,7 @@ from models.samples import sample_inputs
 from profiler.estimator import Estimator
 from profiler.measure import Sampling
 from profiler.planner import planners
-from profiler.points import Points, read
+from profiler.points import Point, Points, read
 from profiler.quiet import QUIET_CORES, Machine
 from profiler.session import NodeOptions, started
 from profiler.sweep import Plan, sweep
@@ -98,19 +97,26 @@ def _run(folder: Path, size: _Size) -> dict[str, Metric]:
     table = folder / "points.parquet"
     with started(NodeOptions(device_bytes=_DEVICE_BYTES, link_bytes_per_s=_LINK_BYTES_PER_S)) as session:
         sweep(functions, table, planners(Estimator()), Plan((1, 2, _MAX_BATCH), (100,), (100,), None, None, True, SEED, size.sampling), session)
-    points = read(table)
-    world = _world(folder, size, points, {})
-    requests = {function.name: Request.of(function, _row(function)) for function in functions}
+    points, requests = read(table), {function.name: Request.of(function, _row(function)) for function in functions}
     with serving(functions, "--device-memory", str(_DEVICE_BYTES), "--link-bandwidth", str(_LINK_BYTES_PER_S)) as node:
         before = _singles(node, requests, points, size.singles)
-        real = _real(node, world, requests)
+        known = _Calibration.of(points, before)
+        per_minute = {name: round(60e3 * each.busy / known.run_ms[name], 1) for name, each in _LOADS.items()}
+        real = _real(node, _world(folder, size, points, known, per_minute), requests)
         after = _singles(node, requests, points, size.singles)
     (folder / "real.json").write_bytes(against.encode(real))
-    calibration = _Calibration.of(points, {name: before[name] + after[name] for name in before})
-    world = _world(folder, size, points, calibration.keys())
+    known = _Calibration.of(points, {name: before[name] + after[name] for name in before})
+    world = _world(folder, size, points, known, per_minute)
     outcome = simulate("sluice", world)
-    lines = against.compare(real, report.figures(world, outcome), report.functions(world, outcome))
-    return _metrics(lines, real, report.figures(world, outcome), calibration, _drift(before, after))
+    figures = report.figures(world, outcome)
+    lines = against.compare(real, figures, report.functions(world, outcome))
+    beside = statistics.fmean(point.beside_load for point in points.points)
+    return _metrics(lines, real, known) | {
+        "fidelity_cold": Metric(figures["cold_percent"], "% of requests, simulated"),
+        "fidelity_machine_drift": Metric(100 * _drift(before, after), "% slower after the run than before"),
+        "fidelity_machine_quiet": Metric(float(not real.beside), "1: nothing else used the machine", 1, "higher"),
+        "fidelity_profile_beside_load": Metric(100 * beside, "% of the points"),
+    }
 
 
 def _function(name: str, each: _Load) -> Function:
@@ -150,15 +156,21 @@ def _seen(key: str, replies: Sequence[Reply | None]) -> RealFunction:
 
 
 def _singles(node: Node, requests: Mapping[str, Request], points: Points, times: int) -> dict[str, list[Reply]]:
-    """Single requests of all functions in random order, each sent when the one before must have been answered."""
-    patience_s = {point.function: (point.gpu_ms + point.swap_ms) / 1e3 + _THINK_S for point in points.points if point.batch == 1}
-    names = np.random.default_rng(SEED).permutation(list(requests) * times).tolist()
-    due, at_s = [], _THINK_S
-    for name in names:
-        due.append((at_s, requests[name]))
-        at_s += 1.5 * patience_s[f"default/{name}"]
+    """Single requests, each sent when the one before must have been answered.
+
+    Two functions take turns (a b a b), then another two: so each is often cold, then surely warm, and never finds the caches as it left them.
+    """
+    patience_s = {
+        point.function.partition("/")[2]: 1.5 * (point.gpu_ms + point.swap_ms) / 1e3 + _THINK_S for point in points.points if point.batch == 1
+    }
+    chance, names = np.random.default_rng(SEED), list[str]()
+    for _ in range(times // 2):
+        order = chance.permutation(list(requests)).tolist()
+        for pair in zip(order[::2], order[1::2], strict=True):
+            names += pair * 2
+    starts_s = np.cumsum([_THINK_S, *(patience_s[name] for name in names)]).tolist()
     found: dict[str, list[Reply]] = {name: [] for name in requests}
-    for name, reply in zip(names, play(node, due), strict=True):
+    for name, reply in zip(names, play(node, [(at_s, requests[name]) for at_s, name in zip(starts_s, names, strict=False)]), strict=True):
         if reply is not None:
             found[name].append(reply)
     return found
@@ -168,39 +180,42 @@ def _singles(node: Node, requests: Mapping[str, Request], points: Points, times:
 class _Calibration:
     """What single requests through HTTP say beyond the profile.
 
-    `scale`: the GPU time of a warm run, between other functions' runs, over that of the profile, whose runs follow each other; `around_ms`: what a
-    request spends on the way; `cold`: the GPU time of a run whose weights are being copied over that of a warm one; `tail` and `copy_start_ms`: by
-    how much a cold run outlasts its copy, as a part of the run and as a constant.
+    `run_ms`: the GPU time of a warm run between other functions' runs, and `scale`: how many times that of the profile, whose runs follow each other;
+    `around_ms`: what a request spends on the way; `cold`: the GPU time of a run whose weights are being copied over that of a warm one; `tail`: by
+    which part of the run a cold one outlasts its copy.
     """
 
+    run_ms: Mapping[str, float]
     scale: Mapping[str, float]
     around_ms: Mapping[str, float]
     cold: float
     tail: float
-    copy_start_ms: float
 
     @classmethod
     def of(cls, points: Points, singles: Mapping[str, Sequence[Reply]]) -> _Calibration:
         """From replies to single requests."""
-        profiled = {point.function.partition("/")[2]: point for point in points.points if point.batch == 1}
-        warm = {name: [reply for reply in replies if not reply.cold] for name, replies in singles.items()}
-        warm_ms = {name: statistics.median(reply.run_ms for reply in replies) for name, replies in warm.items()}
-        cold = [(profiled[name], reply, warm_ms[name]) for name, replies in singles.items() for reply in replies if reply.cold]
-        outlasts = [(point, reply, reply.swap_ms + reply.run_ms - point.device_bytes * 1e3 / _LINK_BYTES_PER_S) for point, reply, _ in cold]
-        copied = [(reply.run_ms, 1.0, outlasts_ms) for _, reply, outlasts_ms in outlasts if reply.swap_ms > reply.run_ms / 10]
-        (tail, start_ms), _ = nnls(np.array([row[:2] for row in copied]), np.array([row[2] for row in copied])) if copied else ((0.1, 0.0), 0)
+        profiled = _profiled(points)
+        run_ms = {name: _usual([reply.run_ms for reply in replies if not reply.cold]) for name, replies in singles.items()}
+        cold = [(name, reply) for name, replies in singles.items() for reply in replies if reply.cold]
+        slower = [reply.run_ms / run_ms[name] for name, reply in cold]
+        # Where the copy was longer than the run; else nothing of the tail can be seen.
+        tails = [(reply.swap_ms + reply.run_ms - _copy_ms(profiled[name])) / reply.run_ms for name, reply in cold if reply.swap_ms > reply.run_ms]
         return cls(
-            {name: _usual([reply.run_ms for reply in warm[name]]) / (point.gpu_ms * _usual(factors_of(point))) for name, point in profiled.items()},
+            run_ms,
+            {name: run_ms[name] / (point.gpu_ms * _usual(factors_of(point))) for name, point in profiled.items()},
             {name: statistics.median(reply.around_ms + reply.queue_ms for reply in replies) for name, replies in singles.items()},
-            max(1.0, statistics.median(reply.run_ms / usual_ms for _, reply, usual_ms in cold)) if cold else 1.0,
-            min(1.0, float(tail)),
-            float(start_ms),
+            max(1.0, statistics.median(slower)) if slower else 1.0,
+            min(1.0, max(0.0, statistics.median(tails))) if tails else 0.1,
         )
 
-    def keys(self) -> dict[str, Any]:
-        """Of a scenario file."""
-        hardware = {"tail": round(self.tail, 3), "cold_slowdown": round(self.cold, 3), "copy_start_ns": round(self.copy_start_ms * MS)}
-        return {"hardware": hardware, "around_ms": dict(self.around_ms), "scale": dict(self.scale)}
+
+def _profiled(points: Points) -> dict[str, Point]:
+    """By name, the point of one row."""
+    return {point.function.partition("/")[2]: point for point in points.points if point.batch == 1}
+
+
+def _copy_ms(point: Point) -> float:
+    return 1e3 * point.device_bytes / _LINK_BYTES_PER_S
 
 
 def _usual(values: Sequence[float]) -> float:
@@ -208,21 +223,20 @@ def _usual(values: Sequence[float]) -> float:
     return statistics.fmean(sorted(values)[: math.ceil(0.95 * len(values))])
 
 
-def _world(folder: Path, size: _Size, points: Points, calibrated: Mapping[str, Any]) -> World:
-    """The scenario's file, written and read again; its arrivals do not depend on what is calibrated."""
-    profiled = {point.function.partition("/")[2]: point for point in points.points if point.batch == 1}
+def _world(folder: Path, size: _Size, points: Points, known: _Calibration, per_minute: Mapping[str, float]) -> World:
+    """The scenario's file, written and read again; its arrivals depend on the rates alone."""
     groups = [
         {
             "name": name,
-            "weights": str(profiled[name].device_bytes),
-            "load": {"per_minute": round(60e3 * each.busy / profiled[name].gpu_ms, 1), "pattern": each.pattern},
-            "time": {"profile": "points.parquet", "models": [name], "scale": round(calibrated.get("scale", {}).get(name, 1.0), 4)},
+            "weights": str(point.device_bytes),
+            "load": {"per_minute": per_minute[name], "pattern": _LOADS[name].pattern},
+            "time": {"profile": "points.parquet", "models": [name], "scale": round(known.scale[name], 4)},
             "slo_ms": _SLO_MS,
             "max_batch": _MAX_BATCH,
             "quota_percent": _QUOTA_PERCENT,
-            "around_ms": round(calibrated.get("around_ms", {}).get(name, 0.0), 3),
+            "around_ms": round(known.around_ms[name], 3),
         }
-        for name, each in _LOADS.items()
+        for name, point in _profiled(points).items()
     ]
     document = {
         "name": "fidelity",
@@ -230,7 +244,7 @@ def _world(folder: Path, size: _Size, points: Points, calibrated: Mapping[str, A
         "warm_up_s": size.warm_up_s,
         "seed": SEED,
         "devices": {"memory": str(_DEVICE_BYTES), "link_gb_per_s": _LINK_BYTES_PER_S / 1e9},
-        "hardware": calibrated.get("hardware", {}),
+        "hardware": {"tail": round(known.tail, 3), "cold_slowdown": round(known.cold, 3)},
         "functions": groups,
     }
     path = folder / "scenario.yaml"
@@ -247,7 +261,7 @@ def _drift(before: Mapping[str, Sequence[Reply]], after: Mapping[str, Sequence[R
     return statistics.median(usual_ms(after[name]) / usual_ms(before[name]) for name in before) - 1
 
 
-def _metrics(lines: Sequence[Line], real: Real, figures: Mapping[str, float], calibration: _Calibration, drift: float) -> dict[str, Metric]:
+def _metrics(lines: Sequence[Line], real: Real, known: _Calibration) -> dict[str, Metric]:
     found = {line.figure: line for line in lines}
     each = {line.figure: abs(line.error_percent) for line in lines if " p" in line.figure and line.error_percent is not None}
 
@@ -270,9 +284,6 @@ def _metrics(lines: Sequence[Line], real: Real, figures: Mapping[str, float], ca
         "fidelity_p99": Metric(found["p99 ms"].real, "ms"),
         "fidelity_gpu_seconds": Metric(real.gpu_s, "s"),
         "fidelity_swaps": Metric(real.swaps, "swaps"),
-        "fidelity_cold": Metric(figures["cold_percent"], "% of requests, simulated"),
-        "fidelity_around": Metric(statistics.fmean(calibration.around_ms.values()), "ms"),
-        "fidelity_cold_slowdown": Metric(calibration.cold, "times the warm GPU time"),
-        "fidelity_machine_drift": Metric(100 * drift, "% slower after the run than before"),
-        "fidelity_machine_quiet": Metric(float(not real.beside), "1: nothing else used the machine", 1, "higher"),
+        "fidelity_around": Metric(statistics.fmean(known.around_ms.values()), "ms"),
+        "fidelity_cold_slowdown": Metric(known.cold, "times the warm GPU time"),
     }
