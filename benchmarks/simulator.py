@@ -1,4 +1,4 @@
-"""The simulator: its speed and memory, how true it is, and what it says of the policies. `simulator_parts` measures, each part with targets of its own."""
+"""The simulator: its speed, memory and fidelity, and what it says of the policies. `simulator_parts` measures, each part with targets of its own."""
 
 from __future__ import annotations
 
