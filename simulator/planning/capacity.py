@@ -80,6 +80,7 @@ def play(job: Job) -> dict[str, Tally]:
     return found
 
 
+_Names = tuple[tuple[str, int], ...]
 Played = Callable[[Iterable[Job]], Iterator[dict[str, Tally]]]
 
 
@@ -102,12 +103,20 @@ class Capacity:
         self._place = {key: at for at, key in enumerate(demand.keys)}
         self._players = players
         self._said = said
-        self._known: dict[tuple[tuple[tuple[str, int], ...], int, Level], dict[str, Tally]] = {}
+        self._known: dict[tuple[_Names, int, Level], dict[str, Tally]] = {}
+        self._fewest: dict[tuple[_Names, Level, int], int | None] = {}
 
     def fewest(self, members: Sequence[Wanted], level: Level, at_most: int) -> int | None:
         """The fewest devices with which every member keeps its objective; None when so many do not."""
         if not members:
             return 0
+        asked = _names(members), level, at_most
+        if asked not in self._fewest:
+            self._fewest[asked] = self._search(members, level, at_most)
+        return self._fewest[asked]
+
+    def _search(self, members: Sequence[Wanted], level: Level, at_most: int) -> int | None:
+        """Upwards from what the load must fill, then by bisection."""
         low = self._least(members, level)
         high = max(low + 1, math.ceil(self._load(members, level) / _FULL))
         while not self.holds(members, min(high, at_most), level):
@@ -128,7 +137,7 @@ class Capacity:
 
     def tallies(self, members: Sequence[Wanted], devices: int, level: Level) -> dict[str, Tally]:
         """What the members' requests meet on so many devices."""
-        known = tuple((member.key, member.function.max_batch) for member in members), devices, level
+        known = _names(members), devices, level
         if known not in self._known:
             self._said(f"{len(members)} functions on {devices} devices, run times: {level}")
             found = {member.key: Tally() for member in members}
@@ -232,6 +241,11 @@ def _shares(functions: Sequence[Function], used: Sequence[float], devices: int) 
     return tuple(
         msgspec.structs.replace(function, share=Share(function.share.sm_percent, quota)) for function, quota in zip(functions, quotas, strict=True)
     )
+
+
+def _names(members: Iterable[Wanted]) -> _Names:
+    """What tells one trial's members from another's."""
+    return tuple((member.key, member.function.max_batch) for member in members)
 
 
 def _add(tally: Tally, other: Tally) -> None:

@@ -97,7 +97,7 @@ def totals(plan: Plan, dollars_per_hour: float) -> list[str]:
     sharing = sum(line.verdict == "share" for line in plan.lines)
     found = [
         f"now: {plan.now.most:g} devices, {plan.now.mean:.3g} of them held on average ({plan.now.mean * HOURS_A_MONTH:,.0f} GPU hours a month)",
-        f"with Sluice: {_between(devices['low'], devices['high'])} devices ({devices['high'] * HOURS_A_MONTH:,.0f} GPU hours a month), "
+        f"with Sluice: {_between(devices['low'], devices['high'])} {'device' if devices['high'] == 1 else 'devices'} ({devices['high'] * HOURS_A_MONTH:,.0f} GPU hours a month), "
         f"{_between(plan.pool['low'], plan.pool['high'])} of them shared by {sharing} functions",
     ]
     high = saved(plan, "high", dollars_per_hour)

@@ -60,7 +60,7 @@ def test_a_trace_as_a_table(functions: Path, trace: Path) -> None:
 
     assert found.exit_code == 0, found.output
     assert "now: 3 devices" in found.output
-    assert "with Sluice: 1 devices" in found.output
+    assert "with Sluice: 1 device (" in found.output
     assert "saved: 1,460 GPU hours a month, 3,650 dollars" in found.output
     assert "minReplicas" in found.output
 
@@ -146,6 +146,7 @@ WRONG = {
     "latencies from nowhere": (("--trace", "t", "--latency-from-prometheus"), 2, "need --prometheus"),
     "a price that is none": (("--trace", "t", "--device-cost", "cheap"), 2, "'cheap'"),
     "a time that is none": (("--trace", "t", "--since", "soon"), 2, "'soon'"),
+    "less than a step": (("--prometheus", "http://127.0.0.1:9", "--since", "30s"), 1, "--since, --step"),
     "a value twice": (("--trace", "t", "--run-ms", "5", "--run-ms", "6"), 2, "'6'"),
     "a trace that is not there": (("--trace", "gone.csv"), 1, "gone.csv"),
     "a name that is none": (("--trace", "t", "--run-ms", "x=5"), 1, "--run-ms"),
