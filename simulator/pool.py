@@ -15,6 +15,7 @@ import msgspec
 from contracts.functions import MAX_NS
 from contracts.units import S
 from simulator.engine import Engine
+from simulator.node import RunTimes
 from simulator.record import Record
 
 TIMED_OUT = "the deadline passed"
@@ -24,7 +25,7 @@ TIMED_OUT = "the deadline passed"
 class Model(msgspec.Struct, frozen=True):
     """What one request costs: GPU time, weights, and a framework's time to load them. `percentile` of the requests should take `objective_ns`.
 
-    A request that has waited for `timeout_ns` is given up. `max_batch` counts where requests are run together.
+    A request that has waited for `timeout_ns` is given up. `max_batch` counts where requests are run together. `around_ns` passes outside of any GPU.
     """
 
     key: str
@@ -35,6 +36,7 @@ class Model(msgspec.Struct, frozen=True):
     percentile: float = 98.0
     timeout_ns: int = MAX_NS
     max_batch: int = 1
+    around_ns: int = 0
 
 
 class Swapping(msgspec.Struct, frozen=True):
@@ -141,11 +143,19 @@ class LeastRecentlyUsed:
 class Pool:
     """All devices and the queue before them. `models` by the number that arrivals use; without `swapping` frameworks load them.
 
-    `last_ns` is when the last answer was given. `changed` are the models whose queue or record is not what it was when a scheduler last emptied it.
+    `times` are those of each run, where they vary. `last_ns` is when the last answer was given.
+    `changed` are the models whose queue or record is not what it was when a scheduler last emptied it.
     """
 
     def __init__(
-        self, engine: Engine, models: Sequence[Model], devices: int, capacity_bytes: int, scheduler: Scheduler, swapping: Swapping | None = None
+        self,
+        engine: Engine,
+        models: Sequence[Model],
+        devices: int,
+        capacity_bytes: int,
+        scheduler: Scheduler,
+        swapping: Swapping | None = None,
+        times: RunTimes | None = None,
     ) -> None:
         self.models = models
         self.swapping = swapping
@@ -156,6 +166,7 @@ class Pool:
         self.last_ns = engine.now_ns
         self._engine = engine
         self._scheduler = scheduler
+        self._times = times
         self._link_free_ns = [0] * devices
 
     @property
@@ -219,9 +230,10 @@ class Pool:
         request = self._next(device)
         model, cold = self.models[request.model], request.model not in device.models
         load_ns = self._load(device, request.model) if cold else 0
+        run_ns = model.run_ns if self._times is None else self._times.run_ns(model.key, 1, 100)
         device.models.move_to_end(request.model)
         device.busy = True
-        self._engine.at(self.now_ns + load_ns + model.run_ns, self._finish, device, request, self.now_ns, load_ns, cold)
+        self._engine.at(self.now_ns + load_ns + run_ns, self._finish, device, request, load_ns, run_ns, cold)
 
     def _next(self, device: PoolDevice) -> Request:
         request = device.queue.popleft()
@@ -264,13 +276,12 @@ class Pool:
         assert self.swapping is not None
         return max(0, copy_ns + int(model.run_ns * self.swapping.tail) - model.run_ns)
 
-    def _finish(self, device: PoolDevice, request: Request, started_ns: int, load_ns: int, cold: bool) -> None:
-        run_ns = self.models[request.model].run_ns
+    def _finish(self, device: PoolDevice, request: Request, load_ns: int, run_ns: int, cold: bool) -> None:
         device.busy_ns += load_ns + run_ns
         device.busy = False
         self.last_ns = self.now_ns
         self.changed.add(request.model)
-        record = self.records[request.model]
-        record.answer(self.now_ns - request.arrived_ns, started_ns - request.arrived_ns, load_ns, run_ns, cold=cold)
+        total_ns = self.now_ns - request.arrived_ns + self.models[request.model].around_ns
+        self.records[request.model].answer(total_ns, total_ns - load_ns - run_ns, load_ns, run_ns, cold=cold)
         self._start(device)
         self._dispatch()

@@ -68,7 +68,7 @@ def _sluice(world: World, progress: Progress, timeline: Timeline | None = None) 
         DeviceSpec(f"gpu:{n}", world.device_bytes, int(devices.link_gb_per_s * 1e9), f"link:{n // devices.per_link}") for n in range(devices.count)
     ]
     times = RunTimes(world.latencies)
-    drawn = Draws(world.latencies, world.seed)
+    drawn = _draws(world)
     nodes = [SimulatedNode(engine, specs, drawn, scenario.hardware, timeline=timeline, beside=world.neighbours) for _ in range(devices.nodes)]
     where = [nodes[number % len(nodes)] for number in range(len(world.functions))]
     fronts = Fronts(engine, world.functions, where, world.around_ns)
@@ -95,7 +95,9 @@ def _whole_gpus(scheduler: Callable[[], Scheduler], *, swapping: bool = False) -
 
     def play(world: World, progress: Progress) -> Outcome:
         scenario, engine = world.scenario, Engine()
-        pool = Pool(engine, _models(world), scenario.devices.total, world.device_bytes, scheduler(), _swapping(scenario) if swapping else None)
+        pool = Pool(
+            engine, _models(world), scenario.devices.total, world.device_bytes, scheduler(), _swapping(scenario) if swapping else None, _draws(world)
+        )
         pool.preload()
         engine.at(_START_NS + int(scenario.warm_up_s * S), pool.forget)
         engine.run(world.arrivals, pool.arrive, progress, start_ns=_START_NS)
@@ -134,7 +136,7 @@ def _rectangles(scaler: Callable[[int], Scaler], *, sharing: bool) -> Callable[[
         engine.settle(_START_NS)
         memory = [world.device_bytes] * scenario.devices.total
         times, pod_start_ns = RunTimes(world.latencies), world.cluster.pod_start_ns
-        gpus = SharedGpus(engine, _models(world), times, memory, scaler(len(memory)), pod_start_ns=pod_start_ns, sharing=sharing)
+        gpus = SharedGpus(engine, _models(world), times, memory, scaler(len(memory)), pod_start_ns=pod_start_ns, sharing=sharing, drawn=_draws(world))
         gpus.start()
         engine.at(_START_NS + int(scenario.warm_up_s * S), gpus.forget)
         engine.at(_START_NS + world.arrivals.span_ns, gpus.stop)
@@ -177,7 +179,7 @@ def _knative(world: World, progress: Progress) -> Outcome:
     """A whole GPU for each pod, under the KPA as the scenario sets it."""
     engine = Engine()
     engine.settle(_START_NS)
-    knative = Knative(engine, _models(world), world.scenario.kpa, world.cluster)
+    knative = Knative(engine, _models(world), world.scenario.kpa, world.cluster, _draws(world))
     knative.start()
     engine.at(_START_NS + int(world.scenario.warm_up_s * S), knative.forget)
     engine.at(_START_NS + world.arrivals.span_ns, knative.stop)
@@ -213,6 +215,7 @@ POLICIES: Mapping[str, Callable[[World, Progress], Outcome]] = {
 
 def _models(world: World) -> list[Model]:
     times = RunTimes(world.latencies)
+    around = world.around_ns or [0] * len(world.functions)
     return [
         Model(
             function.key,
@@ -223,6 +226,12 @@ def _models(world: World) -> list[Model]:
             function.slo.percentile,
             function.timeout_ns,
             function.max_batch,
+            around_ns,
         )
-        for function, weight_bytes, load_ns in zip(world.functions, world.weight_bytes, world.load_ns, strict=True)
+        for function, weight_bytes, load_ns, around_ns in zip(world.functions, world.weight_bytes, world.load_ns, around, strict=True)
     ]
+
+
+def _draws(world: World) -> Draws:
+    """The time of each batch, from the same seed for all policies."""
+    return Draws(world.latencies, world.seed)

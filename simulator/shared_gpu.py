@@ -88,10 +88,22 @@ class Scaler(Protocol):
 
 
 class SharedGpus:
-    """All GPUs and functions. With `sharing` the pods of a function on one GPU hold its weights once, else each has its own."""
+    """All GPUs and functions. With `sharing` the pods of a function on one GPU hold its weights once, else each has its own.
+
+    `times` are what a scaler expects, `drawn` those of each batch, where they vary.
+    """
 
     def __init__(
-        self, engine: Engine, models: Sequence[Model], times: RunTimes, memory: Sequence[int], scaler: Scaler, *, pod_start_ns: int, sharing: bool
+        self,
+        engine: Engine,
+        models: Sequence[Model],
+        times: RunTimes,
+        memory: Sequence[int],
+        scaler: Scaler,
+        *,
+        pod_start_ns: int,
+        sharing: bool,
+        drawn: RunTimes | None = None,
     ) -> None:
         self.models = models
         self.pods: list[list[Pod]] = [[] for _ in models]
@@ -101,6 +113,7 @@ class SharedGpus:
         self.area_ns = self.whole_ns = self.busy_ns = self.starts = self.most_used = 0
         self._engine = engine
         self._times = times
+        self._drawn = drawn or times
         self._scaler = scaler
         self._pod_start_ns = pod_start_ns
         self._sharing = sharing
@@ -233,15 +246,17 @@ class SharedGpus:
     def _run(self, pod: Pod) -> None:
         queue, size = self._queues[pod.function], pod.size
         arrived_ns = [queue.popleft() for _ in range(min(len(queue), size.batch))]
-        run_ns = self._times.run_ns(self.models[pod.function].key, len(arrived_ns), size.sm_percent)
+        run_ns = self._drawn.run_ns(self.models[pod.function].key, len(arrived_ns), size.sm_percent)
         pod.busy = True
         self.busy_ns += run_ns * size.sm_percent // 100
         self._engine.at(pod.tokens.spend(self.now_ns, run_ns, size.quota_percent), self._finish, pod, arrived_ns, self.now_ns)
 
     def _finish(self, pod: Pod, arrived_ns: list[int], started_ns: int) -> None:
         pod.busy = False
+        run_ns, around_ns = self.now_ns - started_ns, self.models[pod.function].around_ns
         for at_ns in arrived_ns:
-            self.records[pod.function].answer(self.now_ns - at_ns, started_ns - at_ns, 0, self.now_ns - started_ns, cold=False)
+            total_ns = self.now_ns - at_ns + around_ns
+            self.records[pod.function].answer(total_ns, total_ns - run_ns, 0, run_ns, cold=False)
         if pod.stopping:
             self._gone(pod)
         self._feed(pod.function)

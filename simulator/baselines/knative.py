@@ -14,6 +14,7 @@ import msgspec
 from contracts.units import S
 from simulator.baselines.kpa import TICK_S, Kpa, Spec, WindowAverage
 from simulator.engine import Engine
+from simulator.node import RunTimes
 from simulator.pool import TIMED_OUT, Model
 from simulator.record import Record
 
@@ -66,11 +67,12 @@ class _Pod:
 class Revision:
     """One function. Its pod runs one request at a time; `spec.total` of them may be in a pod, the rest wait at the activator."""
 
-    def __init__(self, engine: Engine, model: Model, spec: Spec, cluster: Cluster, gpus: Gpus) -> None:
+    def __init__(self, engine: Engine, model: Model, spec: Spec, cluster: Cluster, gpus: Gpus, times: RunTimes | None) -> None:
         self.record = Record(model.objective_ns)
         self.busy_ns = 0
         self._engine = engine
         self._model = model
+        self._times = times
         self._spec = spec
         self._cluster = cluster
         self._gpus = gpus
@@ -135,14 +137,17 @@ class Revision:
         return found
 
     def _run(self, pod: _Pod) -> None:
-        self._engine.at(self._engine.now_ns + self._model.run_ns, self._finish, pod, pod.queue.popleft(), self._engine.now_ns)
+        model = self._model
+        run_ns = model.run_ns if self._times is None else self._times.run_ns(model.key, 1, 100)
+        self._engine.at(self._engine.now_ns + run_ns, self._finish, pod, pod.queue.popleft(), run_ns)
 
-    def _finish(self, pod: _Pod, arrived_ns: int, started_ns: int) -> None:
+    def _finish(self, pod: _Pod, arrived_ns: int, run_ns: int) -> None:
         now_ns = self._engine.now_ns
         self._count(-1)
         pod.in_flight -= 1
-        self.busy_ns += self._model.run_ns
-        self.record.answer(now_ns - arrived_ns, started_ns - arrived_ns, 0, self._model.run_ns, cold=False)
+        self.busy_ns += run_ns
+        total_ns = now_ns - arrived_ns + self._model.around_ns
+        self.record.answer(total_ns, total_ns - run_ns, 0, run_ns, cold=False)
         pod.in_flight -= self._expire(pod.queue)
         if pod.queue:
             self._run(pod)
@@ -219,11 +224,11 @@ class Revision:
 
 
 class Knative:
-    """All functions of a scenario on one cluster."""
+    """All functions of a scenario on one cluster. `times` are those of each run, where they vary."""
 
-    def __init__(self, engine: Engine, models: Sequence[Model], spec: Spec, cluster: Cluster) -> None:
+    def __init__(self, engine: Engine, models: Sequence[Model], spec: Spec, cluster: Cluster, times: RunTimes | None = None) -> None:
         self.gpus = Gpus(cluster.gpus)
-        self.revisions = [Revision(engine, model, spec, cluster, self.gpus) for model in models]
+        self.revisions = [Revision(engine, model, spec, cluster, self.gpus, times) for model in models]
 
     def start(self) -> None:
         """Before the first arrival."""

@@ -70,3 +70,12 @@ def test_under_overload_nobody_is_busier_than_what_is_charged(policy: str) -> No
     assert found["answered"] < found["requests"], "some were given up"
     assert 0 < found["utilisation_percent"] <= 100
     assert found["gpu_seconds_whole"] <= 20 + 10 + 2 + 1
+
+
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "knative-tuned"])
+def test_what_passes_outside_of_the_gpus_counts_for_all(policy: str) -> None:
+    group = Group("f", Load(per_minute=30), Times(fixed_ms=100), "1Gi", slo_ms=1000, around_ms=70)
+    world = build(Scenario("around", 30.0, [group], Devices(memory="2Gi"), pod_start_s=0.1), 0)
+    found = report.figures(world, simulate(policy, world))
+    assert found["queue_p50_ms"] == pytest.approx(70, rel=0.01)
+    assert found["total_p50_ms"] >= 165
