@@ -16,6 +16,8 @@ _LIBRARY = "libcuda.so.1"
 _NO_DEVICE = 100
 _SM_COUNT, _MAJOR, _MINOR = 16, 75, 76
 _NAME_BYTES = 256
+_MIG = " MIG "
+"""In the name of a MIG instance: NVIDIA H100 80GB HBM3 MIG 1g.10gb."""
 
 
 class DriverError(Exception):
@@ -41,12 +43,14 @@ def _read_device(cuda: Any, index: int, driver: int) -> dict[str, object]:
     _check(cuda, cuda.cuDeviceGetName(name, ctypes.c_int(_NAME_BYTES), device), "cuDeviceGetName")
     _check(cuda, cuda.cuDeviceGetPCIBusId(bus_id, ctypes.c_int(_NAME_BYTES), device), "cuDeviceGetPCIBusId")
     _check(cuda, cuda.cuDeviceTotalMem_v2(ctypes.byref(total), device), "cuDeviceTotalMem")
-    # For a MIG instance the second version gives the instance's own identity, the first one that of its GPU.
-    whole, own = _identity(cuda, "cuDeviceGetUuid", device), _identity(cuda, "cuDeviceGetUuid_v2", device)
-    mig = whole != own
+    identity = ctypes.create_string_buffer(16)
+    # The second version gives a MIG instance its own identity, the first one did not always.
+    _check(cuda, cuda.cuDeviceGetUuid_v2(identity, device), "cuDeviceGetUuid")
+    text = name.value.decode(errors="replace")
+    mig = _MIG in text
     return {
-        "uuid": f"{'MIG' if mig else 'GPU'}-{own}",
-        "name": name.value.decode(errors="replace"),
+        "uuid": f"{'MIG' if mig else 'GPU'}-{uuid.UUID(bytes=identity.raw)}",
+        "name": text,
         "sms": _attribute(cuda, _SM_COUNT, device),
         "capability": [_attribute(cuda, _MAJOR, device), _attribute(cuda, _MINOR, device)],
         "total_bytes": total.value,
@@ -54,12 +58,6 @@ def _read_device(cuda: Any, index: int, driver: int) -> dict[str, object]:
         "bus_id": bus_id.value.decode(errors="replace").lower(),
         "mig": mig,
     }
-
-
-def _identity(cuda: Any, call: str, device: ctypes.c_int) -> uuid.UUID:
-    found = ctypes.create_string_buffer(16)
-    _check(cuda, getattr(cuda, call)(found, device), call)
-    return uuid.UUID(bytes=found.raw)
 
 
 def _attribute(cuda: Any, attribute: int, device: ctypes.c_int) -> int:

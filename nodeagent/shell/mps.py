@@ -25,6 +25,8 @@ _log = logging.getLogger(__name__)
 PREFIX = "mps-"
 PATH_BYTES = len(f"/{PREFIX}xxxxxxxx/nvidia-cuda-mps-control.pid")
 """What the longest of its names adds to the run dir's path; the sockets among them are bound by the length of a Unix socket's path."""
+_PLACES = "/usr/bin:/usr/local/nvidia/bin:/opt/bin"
+"""Where it lies when the path does not say: containers get it mounted."""
 _UP_S = 20.0
 _SERVER_S = 60.0
 _COMMAND_S = 10.0
@@ -49,8 +51,10 @@ class MpsDaemon:
 
     async def start(self) -> None:
         """Returns when a server is ready for clients. Unavailable, with the end of its log, when that does not happen; call `stop` then too."""
-        if shutil.which(self._command[0]) is None:
+        program = shutil.which(self._command[0]) or shutil.which(self._command[0], path=_PLACES)
+        if program is None:
             raise Unavailable(f"{self._command[0]} is not there")
+        self._command = (program, *self._command[1:])
         tether = (sys.executable, "-m", "nodeagent.shell.tether", *self._command, "-f")
         pipe, null = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
         self._tether = await asyncio.create_subprocess_exec(*tether, stdin=pipe, stdout=null, stderr=null, env=self._whole_environment())

@@ -51,16 +51,13 @@ class FakeDriver:
         device._obj.value = index.value
 
     def _cuDeviceGetName(self, name: Any, length: ctypes.c_int, device: Any) -> None:
-        name.value = b"NVIDIA H100"
+        name.value = b"NVIDIA H100 MIG 1g.10gb" if self.mig else b"NVIDIA H100"
 
     def _cuDeviceGetPCIBusId(self, bus_id: Any, length: ctypes.c_int, device: ctypes.c_int) -> None:
         bus_id.value = f"0000:{0xA0 + device.value:X}:00.0".encode()
 
     def _cuDeviceTotalMem_v2(self, total: Any, device: Any) -> None:
         total._obj.value = 80 << 30
-
-    def _cuDeviceGetUuid(self, found: Any, device: Any) -> None:
-        found.raw = WHOLE.bytes
 
     def _cuDeviceGetUuid_v2(self, found: Any, device: Any) -> None:
         found.raw = (INSTANCE if self.mig else WHOLE).bytes
