@@ -93,12 +93,12 @@ def table(plan: Plan, span_s: float) -> Table:
 
 def totals(plan: Plan, dollars_per_hour: float) -> list[str]:
     """What it comes to, in sentences."""
-    devices = plan.devices
-    sharing = sum(line.verdict == "share" for line in plan.lines)
+    low_count, count = plan.devices["low"], plan.devices["high"]
+    planned = f"{_between(low_count, count)} {'device' if count == 1 else 'devices'} ({count * HOURS_A_MONTH:,.0f} GPU hours a month)"
+    shared = f"{_between(plan.pool['low'], plan.pool['high'])} of them shared by {sum(line.verdict == 'share' for line in plan.lines)} functions"
     found = [
         f"now: {plan.now.most:g} devices, {plan.now.mean:.3g} of them held on average ({plan.now.mean * HOURS_A_MONTH:,.0f} GPU hours a month)",
-        f"with Sluice: {_between(devices['low'], devices['high'])} {'device' if devices['high'] == 1 else 'devices'} ({devices['high'] * HOURS_A_MONTH:,.0f} GPU hours a month), "
-        f"{_between(plan.pool['low'], plan.pool['high'])} of them shared by {sharing} functions",
+        f"with Sluice: {planned}, {shared}",
     ]
     high = saved(plan, "high", dollars_per_hour)
     if high["gpu_hours"] <= 0:
