@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -46,6 +46,8 @@ _DTYPES = {
     34: torch.uint32,
     35: torch.uint64,
 }
+_SAME_VALUES = frozenset(("_to_copy", "alias", "clone", "contiguous", "expand", "flatten", "reshape", "squeeze", "to", "unsqueeze", "view"))
+"""Operators whose result holds all values of their first argument and no others."""
 _MEMORY_FORMATS = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.channels_last_3d, 4: torch.preserve_format}
 _PLAIN = ("as_int", "as_ints", "as_bool", "as_bools", "as_string", "as_strings")
 
@@ -104,6 +106,18 @@ class ExportedModule(nn.Module):
             for axis, dim in enumerate(spec.shape)
             if dim in program.ranges
         ]
+        names = [spec.name for spec in program.signature.inputs]
+        self._lookups = [(names[position], position, weight) for position, weight in _lookups(program, self.segments)]
+
+    def check(self, *inputs: Tensor) -> None:
+        """As models.program.Executable.check: indices that go straight into an embedding table. The weights must be bound."""
+        for name, position, weight in self._lookups:
+            indices, rows = inputs[position], self.weights[weight].shape[0]
+            if not indices.numel():
+                continue
+            low, high = (int(value) for value in indices.aminmax())
+            if low < 0 or high >= rows:
+                raise InvalidTensor(f"holds an index outside the table of {rows} rows", key=name, value=low if low < 0 else high)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Input tensors in the signature's order -> output tensors; InvalidTensor when a size lies outside the program's ranges."""
@@ -204,6 +218,21 @@ def _segments(program: schema.Stripped) -> list[list[Step]]:
             )
         )
     return segments
+
+
+def _lookups(program: schema.Stripped, segments: Iterable[nn.Module]) -> list[tuple[int, str]]:
+    """(position of an input, weight) wherever an input's own values are indices into an embedding table."""
+    weights = {place.graph_name: place.weight for place in program.places}
+    origin = {name: position for position, name in enumerate(program.inputs)}
+    found: list[tuple[int, str]] = []
+    for step in (step for segment in segments for step in cast(Segment, segment).steps):
+        operator_name = step.call._schema.name.removeprefix("aten::") if isinstance(step.call, torch._ops.OpOverload) else ""
+        names = [arg.name if type(arg) is _Value else "" for arg in step.args]
+        if operator_name == "embedding" and names[0] in weights and names[1] in origin:
+            found.append((origin[names[1]], weights[names[0]]))
+        elif operator_name in _SAME_VALUES and names and names[0] in origin and step.outputs[0]:
+            origin[step.outputs[0]] = origin[names[0]]
+    return list(dict.fromkeys(found))
 
 
 def _aliases(call: Callable[..., Any], items: list[tuple[schema.Input, Any]], shared: set[str], outputs: tuple[str | None, ...]) -> set[str]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from contracts.errors import InvalidTensor
 from contracts.functions import ModelFormat, ModelRef
 from models.load import load
 
@@ -59,3 +60,32 @@ def test_a_program_without_a_free_size_is_served_one_request_at_a_time(tmp_path:
     assert not loaded.signature.batchable
     assert loaded.signature.inputs[0].shape == (3, 4)
     assert [spec.name for spec in loaded.signature.outputs] == ["output"]
+
+
+class Looked(nn.Module):
+    """Two tables, one of them indexed by values that only the run knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.kinds = nn.Embedding(10, 4), nn.Embedding(3, 4)
+
+    def forward(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """Ids [batch, 5] and scores [batch, 5, 3] -> [batch, 4]."""
+        return self.words(ids.view(-1, 5).to(torch.int64)).sum(1) + self.kinds(scores.argmax(-1)).sum(1)
+
+
+@pytest.mark.parametrize("decomposed", [False, True], ids=["as exported", "decomposed to core operators"])
+def test_an_index_outside_its_table_is_found_without_a_run(decomposed: bool, tmp_path: Path) -> None:
+    inputs = (torch.zeros(2, 5, dtype=torch.int32), torch.randn(2, 5, 3))
+    batch = torch.export.Dim("batch", min=1, max=8)
+    program = torch.export.export(Looked().eval(), inputs, dynamic_shapes=({0: batch}, {0: batch}))
+    torch.export.save(program.run_decompositions() if decomposed else program, tmp_path / "looked.pt2")
+    loaded = load(ModelRef(ModelFormat.TORCH_EXPORT, str(tmp_path / "looked.pt2")))
+    executable = loaded.executable
+    executable.check({"ids": torch.full((3, 5), 9), "scores": torch.randn(3, 5, 3)})
+    executable.check({"ids": torch.zeros(0, 5, dtype=torch.int32), "scores": torch.randn(0, 5, 3)})
+    for bad in (10, -1):
+        ids = torch.zeros(3, 5, dtype=torch.int32)
+        ids[1, 2] = bad
+        with pytest.raises(InvalidTensor, match=rf"ids: holds an index outside the table of 10 rows, got {bad}"):
+            executable.check({"ids": ids, "scores": torch.randn(3, 5, 3)})
