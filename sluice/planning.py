@@ -166,13 +166,19 @@ class _Measured:
 
 
 def _known(one: Declared, asked: Options, seen: _Seen, measured: _Measured | None) -> Known:
-    """Run times and weights: what was said on the command line goes before measurements, those before latencies."""
+    """Run times and weights: what was said on the command line goes before measurements, those before latencies.
+
+    Neither matters for a function that is never called; NotFound for all others says how to tell them.
+    """
     key, name = one.function.key, measured.name(one) if measured is not None else None
     said, weights = _given(asked.run_ms, one), _given(asked.weights, one)
+    never = not seen.demand.counts[seen.demand.keys.index(key)].any()
     if weights is not None:
         weight_bytes = _size(weights)
     elif measured is not None and name is not None:
         weight_bytes = measured.weight_bytes(name)
+    elif never:
+        weight_bytes = 1
     else:
         raise NotFound(f"the size of {key}'s weights is not known: measure it (--profile), or give --weights {one.function.name}=SIZE")
     if said is not None:
@@ -183,6 +189,8 @@ def _known(one: Declared, asked: Options, seen: _Seen, measured: _Measured | Non
         steps = seen.latencies[key]
         low, middle, high = (float(steps[min(len(steps) - 1, int(len(steps) * part))]) for part in (0.05, 0.5, 0.95))
         return of_range(low, high, weight_bytes, f"mean latencies of {len(steps)} steps, waiting included", middle)
+    if never:
+        return of_range(1.0, 1.0, weight_bytes, "nothing: it was never called")
     there = "" if measured is None else f" ({asked.profile} has {', '.join(measured.table.functions) or 'nothing'})"
     raise NotFound(
         f"how long {key} runs is not known{there}: measure it (--profile), give --run-ms {one.function.name}=MS, or use --latency-from-prometheus"

@@ -192,17 +192,18 @@ def test_a_prometheus(functions: Path, prometheus: Callable[[Samples], str]) -> 
         ]
     )
     url = prometheus(samples)
-    given = ("--prometheus", url, "--since", "1h", "--latency-from-prometheus", "--weights", "200Mi", "--run-ms", "c=10", "--json")
+    given = ("--prometheus", url, "--since", "1h", "--latency-from-prometheus", "--weights", "a=200Mi", "--weights", "b=200Mi", "--json")
     found = plan(functions, *given)
     told = json.loads(found.stdout)
 
     assert {one["function"]: round(one["requests_per_s"]["mean"], 3) for one in told["functions"]} == {"team/a": 0.1, "team/b": 0.2, "team/c": 0.0}
-    assert [round(one["run_ms"]["mean"]) for one in told["functions"]] == [30, 30, 10]
+    assert [round(one["run_ms"]["mean"]) for one in told["functions"]] == [30, 30, 1]
     assert told["devices"]["now"] == 2 + 1 + 1
     assert told["devices"]["plan"]["high"] == 1
     assert any("team/c" in note and "never called" in note for note in told["notes"])
     assert any("kube-state-metrics" in note and "team/b, team/c" in note for note in told["notes"])
-    assert plan(functions, *given[:5], "--weights", "200Mi").exit_code == 1
+    assert [one["run_ms_from"].partition(" ")[0] for one in told["functions"]] == ["mean", "mean", "nothing:"]
+    assert "how long team/a runs is not known" in plan(functions, *given[:4], "--weights", "200Mi").stderr
 
 
 def test_a_prometheus_that_is_not_there_is_named(functions: Path) -> None:
