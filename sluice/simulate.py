@@ -18,7 +18,7 @@ from sluice import options
     ),
 )
 @click.argument("scenario", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--policy", "policies", multiple=True, help="Only this one, instead of the file's (repeatable).")
+@click.option("--policy", "policies", multiple=True, help="Only this one, instead of the file's (repeatable); an unknown name lists all.")
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(min=1), help="Runs of each policy; all policies see the same ones.")
 @click.option("--processes", default=os.cpu_count() or 1, show_default=True, type=click.IntRange(min=1), help="Runs at the same time.")
 @click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), help="Folder for index.html, plots, report.json and timeline.json.")
