@@ -211,6 +211,8 @@ class FakeCuda:
 
     def register(self, memory: torch.Tensor) -> bool:
         assert memory.data_ptr() not in self.registered
+        if self._inline:
+            assert ("w" in _access(memory)) != self.registers_read_only, "mapped for more than it need be, or for less"
         self.registered.add(memory.data_ptr())
         return True
 
@@ -276,10 +278,23 @@ class FakeCuda:
 def connect(backend: str, cls: FunctionClass, first_sm: int, lane_sms: int) -> FakeCuda:
     """In place of `driver.connect` in a process of its own. What the environment says of it:
 
-    FAKE_CUDA_BREAKS: a file; once it is there, the context is broken. CUDA_MPS_ACTIVE_THREAD_PERCENTAGE: as MPS takes it.
+    FAKE_CUDA_BREAKS: a file; once it is there, the context is broken. FAKE_CUDA_WRITABLE: memory that is mapped read only cannot be registered.
+    CUDA_MPS_ACTIVE_THREAD_PERCENTAGE: as MPS takes it.
     """
+    FakeCuda.registers_read_only = "FAKE_CUDA_WRITABLE" not in os.environ
     percent = int(os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "100"))
     return FakeCuda(inline=True, sms=lane_sms if backend == "green" else SMS * percent // 100, breaks=os.environ.get("FAKE_CUDA_BREAKS", ""))
+
+
+def _access(memory: torch.Tensor) -> str:
+    """How the kernel has mapped it: r--s, rw-s and their like."""
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            span, access, *_ = line.split()
+            start, end = (int(address, 16) for address in span.split("-"))
+            if start <= memory.data_ptr() < end:
+                return access
+    raise AssertionError("it is not mapped")
 
 
 class _Recorder(TorchDispatchMode):

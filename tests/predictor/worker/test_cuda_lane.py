@@ -123,6 +123,22 @@ def test_a_lane_says_what_it_read_back_and_what_it_measured(start: Callable[...,
     assert unlimited.sms == SMS, "a lane that was not told reads back the whole device, and says so"
 
 
+@pytest.mark.parametrize("environment", [{}, {"FAKE_CUDA_WRITABLE": "1"}], ids=["as it should be", "where the driver cannot pin what is read only"])
+def test_weights_are_mapped_for_reading_alone_wherever_they_can_be_pinned_so(
+    start: Callable[..., LaneEnd], stored: Store, inputs: Inputs, environment: dict[str, str]
+) -> None:
+    model = stored("mlp?seed=1")
+    lane = start(environment=environment)
+    memory = lane.map()
+    lane.load("f", model, 0)
+    arrays = inputs(model, 1, 1)
+    for name in ("f", "g"):
+        batch = lane.batch("f", model, [arrays], memory)
+        assert lane.answer(batch).error is None
+        assert batch.gives(model.reference(arrays))
+        lane.attach(name + "-after-the-first-was-pinned", model)
+
+
 def test_an_error_of_cuda_ends_the_lane(start: Callable[..., LaneEnd], stored: Store, inputs: Inputs, tmp_path: Path) -> None:
     model = stored("mlp?seed=1")
     lane = start(environment={"FAKE_CUDA_BREAKS": str(tmp_path / "broken")})
