@@ -111,11 +111,11 @@ class Caller:
         return offset
 
 
-def _inputs(number: int, rows: int, seed: int) -> Arrays:
+def draw(number: int, rows: int, seed: int) -> Arrays:
     return sample_inputs(ModelRef(ModelFormat.CATALOG, SOURCES[number]), rows, seed)
 
 
-def _check(reference: Loaded, parts: list[Arrays], outputs: list[Arrays]) -> None:
+def check(reference: Loaded, parts: list[Arrays], outputs: list[Arrays]) -> None:
     """The same batch, run directly."""
     joined = {name: torch.cat([torch.from_numpy(np.array(part[name])) for part in parts]) for name in parts[0]}
     expected = {name: tensor.numpy() for name, tensor in reference.run(joined).items()}
@@ -135,10 +135,10 @@ def test_every_answer_equals_the_unswapped_reference(served: tuple[Node, Control
     for turn in range(10):
         sent = []
         for number in chance.sample(range(FUNCTIONS), FUNCTIONS):
-            parts = [_inputs(number, rows, turn) for rows in chance.choice([(1,), (3,), (1, 2), (2, 1, 1)])]
+            parts = [draw(number, rows, turn) for rows in chance.choice([(1,), (3,), (1, 2), (2, 1, 1)])]
             sent.append((number, parts, caller.submit(number, parts)))
         for number, parts, batch in sent:
-            _check(references[number], parts, caller.answer(batch))
+            check(references[number], parts, caller.answer(batch))
             answered.append(parts)
     status = control.status()
     assert sum(function.answered for function in status.functions) == sum(len(parts) for parts in answered)
@@ -149,10 +149,10 @@ def test_every_answer_equals_the_unswapped_reference(served: tuple[Node, Control
 def test_kill_9_of_lanes_under_load_loses_no_request_and_changes_no_answer(served: tuple[Node, Control], references: list[Loaded]) -> None:
     node, control = served
     caller = Caller(node)
-    parts = [_inputs(0, 1, 1)]
-    _check(references[0], parts, caller.answer(caller.submit(0, parts)))
+    parts = [draw(0, 1, 1)]
+    check(references[0], parts, caller.answer(caller.submit(0, parts)))
     for turn in range(3):
-        sent = [(number, _inputs(number, 2, turn)) for number in range(FUNCTIONS)]
+        sent = [(number, draw(number, 2, turn)) for number in range(FUNCTIONS)]
         batches = [caller.submit(number, [inputs]) for number, inputs in sent]
         victim = eventually(lambda: next((lane.pid for lane in control.status().devices[0].lanes if lane.pid), 0), "a lane")
         os.kill(victim, signal.SIGKILL)
@@ -161,21 +161,21 @@ def test_kill_9_of_lanes_under_load_loses_no_request_and_changes_no_answer(serve
             if isinstance(outcome, Failed):
                 assert outcome.kind == "Unavailable"
             else:
-                _check(references[number], [inputs], caller.answer(batch))
-    _check(references[0], parts, caller.answer(caller.submit(0, parts)))
+                check(references[number], [inputs], caller.answer(batch))
+    check(references[0], parts, caller.answer(caller.submit(0, parts)))
 
 
 def test_a_changed_share_is_felt_at_once_and_loses_nothing(served: tuple[Node, Control], references: list[Loaded]) -> None:
     node, control = served
     caller = Caller(node)
-    inputs = _inputs(1, 1, 3)
+    inputs = draw(1, 1, 3)
     stop = threading.Event()
     batches: list[Submit] = []
 
     def call() -> None:
         while not stop.is_set():
             batches.append(caller.submit(1, [inputs]))
-            _check(references[1], [inputs], caller.answer(batches[-1]))
+            check(references[1], [inputs], caller.answer(batches[-1]))
 
     thread = threading.Thread(target=call)
     thread.start()
@@ -190,8 +190,8 @@ def test_a_changed_share_is_felt_at_once_and_loses_nothing(served: tuple[Node, C
 def test_kill_9_of_the_agent_leaves_no_process_and_the_next_serves_without_loading(served: tuple[Node, Control], references: list[Loaded]) -> None:
     node, _ = served
     caller = Caller(node)
-    parts = [_inputs(5, 1, 7)]
-    _check(references[5], parts, caller.answer(caller.submit(5, parts)))
+    parts = [draw(5, 1, 7)]
+    check(references[5], parts, caller.answer(caller.submit(5, parts)))
     children = node.children()
     files = {path.name: path.stat().st_ino for path in node.store.iterdir()}
     node.kill()
@@ -201,7 +201,7 @@ def test_kill_9_of_the_agent_leaves_no_process_and_the_next_serves_without_loadi
         assert {path.name: path.stat().st_ino for path in again.store.iterdir()} == files
         assert not any("models.loader" in command(child) for child in again.children())
         caller = Caller(again)
-        _check(references[5], parts, caller.answer(caller.submit(5, parts)))
+        check(references[5], parts, caller.answer(caller.submit(5, parts)))
     finally:
         assert again.terminate() == 0
         again.remove()
