@@ -44,6 +44,7 @@ SEED = 7
 _KEPT = Path(__file__).parents[1] / "results" / "fidelity"
 _DEVICE_BYTES = 320 * MIB
 _LINK_BYTES_PER_S = 1_000_000_000
+_NODE = ("--device-memory", str(_DEVICE_BYTES), "--link-bandwidth", str(_LINK_BYTES_PER_S))
 _MAX_BATCH = 4
 _SLO_MS = 1000.0
 _QUOTA_PERCENT = 15.0
@@ -98,10 +99,12 @@ def _run(folder: Path, size: _Size) -> dict[str, Metric]:
     with started(NodeOptions(device_bytes=_DEVICE_BYTES, link_bytes_per_s=_LINK_BYTES_PER_S)) as session:
         sweep(functions, table, planners(Estimator()), Plan((1, 2, _MAX_BATCH), (100,), (100,), None, None, True, SEED, size.sampling), session)
     points, requests = read(table), {function.name: Request.of(function, _row(function)) for function in functions}
-    with serving(functions, "--device-memory", str(_DEVICE_BYTES), "--link-bandwidth", str(_LINK_BYTES_PER_S)) as node:
+    with serving(functions, *_NODE) as node:
         before = _singles(node, requests, points, size.singles)
-        known = _Calibration.of(points, before)
-        per_minute = {name: round(60e3 * each.busy / known.run_ms[name], 1) for name, each in _LOADS.items()}
+    known = _Calibration.of(points, before)
+    per_minute = {name: round(60e3 * each.busy / known.run_ms[name], 1) for name, each in _LOADS.items()}
+    # A new node, for the simulated one begins with an empty device too: what lies where decides what is evicted for what.
+    with serving(functions, *_NODE) as node:
         real = _real(node, _world(folder, size, points, known, per_minute), requests)
         after = _singles(node, requests, points, size.singles)
     (folder / "real.json").write_bytes(against.encode(real))
