@@ -6,9 +6,8 @@ and no swap (the weights are resident), and takes the function as alone on its s
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import product
+from itertools import product, starmap
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -16,17 +15,20 @@ import numpy as np
 
 from contracts.errors import InvalidValue
 from profiler.estimator import ModelEstimate
-from profiler.queueing import Array, Load, Server, Waited, keeps, poisson, replay
+from profiler.queueing import Array, Server, Waited, keeps, poisson, replay
 
 WINDOW_MS = 100.0
+FRONT_MS = 1.0
+"""What a request meets outside of node and queue: HTTP and the predictor, at their 99th percentile (`scripts/bench node`: 0.75 ms)."""
 SM_LEVELS = (5, 10, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 65, 70, 75, 80, 85, 90, 95, 100)
 QUOTA_LEVELS = (0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0, 7.5, *np.arange(10.0, 101.0, 5.0).tolist())
+PROOF_ARRIVALS = 100_000
 _RATE_STEPS = 14
 End = Literal["low", "mean", "high"]
 
 
 class Objective(msgspec.Struct, frozen=True):
-    """`percentile` of the requests, which arrive at random at `rate_per_s`, are to be answered within `latency_ms`."""
+    """`percentile` of the requests, which arrive at random at `rate_per_s`, are to be answered within `latency_ms`, in nine minutes of ten too."""
 
     latency_ms: float
     rate_per_s: float
@@ -43,9 +45,9 @@ class Objective(msgspec.Struct, frozen=True):
 class Option(msgspec.Struct, frozen=True):
     """A share and what it gives.
 
-    Latencies are those of the objective's percentile, queueing included; `low_ms` and `high_ms` are what they would be at the ends of the estimate's
-    interval (infinite where the rate is then too high). `utilisation` is the part of the share that the rate uses, `area_percent` the part of a
-    device that is paid for.
+    Latencies are those of the objective's percentile in the long run, queueing and front included; `low_ms` and `high_ms` are what they would be at
+    the ends of the estimate's interval (infinite where the rate is then too high). `utilisation` is the part of the share that the rate uses,
+    `area_percent` the part of a device that is paid for.
     """
 
     sm_percent: int
@@ -74,12 +76,15 @@ class Need(msgspec.Struct, frozen=True):
     reachable_rate_per_s: float | None = None
 
 
-def need(estimate: ModelEstimate, objective: Objective, max_batch: int = 8, tail: float = 1.0, window_ms: float = WINDOW_MS) -> Need:
+def need(
+    estimate: ModelEstimate, objective: Objective, max_batch: int = 8, tail: float = 1.0, window_ms: float = WINDOW_MS, front_ms: float = FRONT_MS
+) -> Need:
     """The smallest area with which the objective holds.
 
-    `max_batch` bounds the batches; `tail` is the 99th percentile of the function's run times over their mean; `window_ms` is the node's quota window.
+    `max_batch` bounds the batches; `tail` is the 99th percentile of the function's run times over their mean; `window_ms` is the node's quota window;
+    `front_ms` is what a request meets outside of the node.
     """
-    search = _Search(estimate, objective, max_batch, poisson(tail), window_ms)
+    search = _Search(estimate, objective, max_batch, tail, window_ms, front_ms)
     batches = sorted({1 << power for power in range(max_batch.bit_length())} | {max_batch})
     fit = [batch for batch in batches if search.holds(_Config(batch, 100, 100.0))]
     if not fit:
@@ -106,10 +111,11 @@ class _Config(NamedTuple):
 class _Search:
     """What shares give to one objective's load."""
 
-    def __init__(self, estimate: ModelEstimate, objective: Objective, max_batch: int, load: Load, window_ms: float) -> None:
+    def __init__(self, estimate: ModelEstimate, objective: Objective, max_batch: int, tail: float, window_ms: float, front_ms: float) -> None:
         self.objective = objective
-        self._load = load
+        self._load, self._proof = poisson(tail), poisson(tail, PROOF_ARRIVALS, seed=1)
         self._window_ms = window_ms
+        self._front_ms = front_ms
         axes = np.meshgrid(np.arange(1.0, max_batch + 1), np.array(SM_LEVELS, float), np.array(QUOTA_LEVELS), indexing="ij")
         found = estimate.predict(*(axis.ravel() for axis in axes))
         # A longer batch is never faster, whatever the estimate's noise says.
@@ -122,33 +128,31 @@ class _Search:
         return Server(tuple(latency[:, -1].tolist()), tuple(latency[:, QUOTA_LEVELS.index(config.quota)].tolist()))
 
     def holds(self, config: _Config, rate_per_s: float | None = None) -> bool:
-        """Whether the objective is kept, at its rate or another, even at the upper end of the estimate."""
-        objective = self.objective
-        rate = rate_per_s or objective.rate_per_s
-        return keeps(self.server(config, "high"), self._load, rate, self._window_ms, objective.latency_ms, objective.percentile)
+        """Whether the objective is kept, at its rate or another, even at the upper end of the estimate.
+
+        Under some arrivals, and then under others and many more: of a thousand shares the smallest that holds owes something to luck.
+        """
+        server, objective = self.server(config, "high"), self.objective
+        rate, within_ms = rate_per_s or objective.rate_per_s, objective.latency_ms - self._front_ms
+        return all(keeps(server, load, rate, self._window_ms, within_ms, objective.percentile) for load in (self._load, self._proof))
 
     def option(self, config: _Config) -> Option:
         """A share in full."""
         low, mean, high = (self._replayed(config, end) for end in ("low", "mean", "high"))
         latency, least, greatest = (
-            float(np.percentile(waited.sojourn_ms, self.objective.percentile, method="higher")) for waited in (mean, low, high)
+            self._front_ms + float(np.percentile(waited.sojourn_ms, self.objective.percentile, method="higher")) for waited in (mean, low, high)
         )
         share = config.sm, config.quota, config.batch, config.area
         return Option(*share, latency, least, greatest, mean.utilisation, mean.mean_batch)
 
     def _replayed(self, config: _Config, end: End) -> Waited:
-        return replay(self.server(config, end), self._load, self.objective.rate_per_s, self._window_ms)
+        return replay(self.server(config, end), self._proof, self.objective.rate_per_s, self._window_ms)
 
 
 def _smallest(search: _Search, batches: Sequence[int]) -> _Config:
-    """The smallest area; of equal ones that with more of the SMs, which waits less. With more quota nothing gets slower, hence the bisection."""
-    best = _Config(batches[-1], 100, 100.0)
-    for sm, batch in product(reversed(SM_LEVELS), batches):
-        quotas = [quota for quota in QUOTA_LEVELS if sm * quota / 100 < best.area - 1e-9]
-        if quotas and search.holds(_Config(batch, sm, quotas[-1])):
-            quota = quotas[bisect_left(quotas, True, hi=len(quotas) - 1, key=lambda quota: search.holds(_Config(batch, sm, quota)))]
-            best = _Config(batch, sm, quota)
-    return best
+    """The smallest area; of equal ones that with more of the SMs, which waits less. Most that are too small are told so at once."""
+    configs = sorted(starmap(_Config, product(batches, SM_LEVELS, QUOTA_LEVELS)), key=lambda config: (round(config.area, 6), -config.sm))
+    return next((config for config in configs if search.holds(config)), _Config(batches[-1], 100, 100.0))
 
 
 def _nothing(search: _Search, batches: Sequence[int]) -> Need:
@@ -161,7 +165,7 @@ def _nothing(search: _Search, batches: Sequence[int]) -> Need:
     reason = f"nothing will do at {objective.rate_per_s:g} requests/s: the whole device keeps {objective.latency_ms:g} ms up to {rate:.3g} requests/s"
     if not rate:
         reason = f"nothing will do: alone on the whole device a request takes up to {alone:.1f} ms, the objective is {objective.latency_ms:g} ms"
-    if best.latency_ms <= objective.latency_ms:
+    if best.latency_ms <= objective.latency_ms < best.high_ms:
         reason += f". Its middle, {best.latency_ms:.1f} ms, would do: more measurements may narrow the estimate"
     return Need(objective, "nothing", best, reason, reachable_rate_per_s=rate)
 

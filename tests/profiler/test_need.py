@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from contracts.errors import InvalidValue
-from profiler.need import QUOTA_LEVELS, SM_LEVELS, Objective, need
+from profiler.need import FRONT_MS, PROOF_ARRIVALS, QUOTA_LEVELS, SM_LEVELS, Objective, need
 from profiler.queueing import Server, keeps, poisson
+
+LOADS = (poisson(), poisson(arrivals=PROOF_ARRIVALS, seed=1))
 
 
 class Known:
@@ -32,7 +34,8 @@ class Known:
 def kept(model: Known, objective: Objective, sm: int, quota: float, batch: int) -> bool:
     service = tuple(model.run_ms(rows + 1, sm) * model.width for rows in range(batch))
     server = Server(service, tuple(ms * 100 / quota for ms in service))
-    return keeps(server, poisson(), objective.rate_per_s, 100.0, objective.latency_ms, objective.percentile)
+    within_ms = objective.latency_ms - FRONT_MS
+    return all(keeps(server, load, objective.rate_per_s, 100.0, within_ms, objective.percentile) for load in LOADS)
 
 
 @pytest.mark.parametrize(("slo_ms", "rate"), [(60, 5), (200, 20), (500, 1), (40, 40)], ids=lambda value: f"{value:g}")
@@ -58,7 +61,7 @@ def test_a_function_that_is_rarely_called_gets_all_sms_for_a_moment() -> None:
 
 
 def test_only_the_whole_device_will_do() -> None:
-    found = need(Known(9, 1), Objective(200, 90), max_batch=1)  # type: ignore[arg-type]
+    found = need(Known(9, 1), Objective(200, 88), max_batch=1)  # type: ignore[arg-type]
     assert found.verdict == "whole-device"
     assert (found.option.sm_percent, found.option.quota_percent) == (100, 100.0)
     assert found.reason.startswith("only the whole device will do")
@@ -74,7 +77,7 @@ def test_longer_batches_carry_a_rate_that_single_requests_cannot() -> None:
 
 def test_a_smaller_batch_is_said_to_be_needed() -> None:
     """Four rows together take 42 ms: a burst of them, behind a batch that runs, breaks 40 ms even on the whole device."""
-    found = need(Known(2, 10), Objective(40, 30), max_batch=8)  # type: ignore[arg-type]
+    found = need(Known(2, 10), Objective(40, 26), max_batch=8)  # type: ignore[arg-type]
     assert found.verdict != "nothing"
     assert found.smaller_batch
     assert found.option.max_batch < 8
@@ -86,7 +89,7 @@ def test_a_rate_that_is_too_high_is_told_with_the_one_that_is_not() -> None:
     assert found.verdict == "nothing"
     assert found.reachable_rate_per_s is not None
     assert 25 < found.reachable_rate_per_s < 100
-    assert kept(Known(9, 1), Objective(30, found.reachable_rate_per_s * 0.98), 100, 100, 1)
+    assert kept(Known(9, 1), Objective(30, found.reachable_rate_per_s * 0.9), 100, 100, 1)
     assert "nothing will do at 500 requests/s: the whole device keeps 30 ms up to" in found.reason
 
 
