@@ -13,7 +13,7 @@ import os
 import shutil
 from pathlib import Path
 
-from contracts.errors import SluiceError, Unavailable
+from contracts.errors import InvalidValue, SluiceError, Unavailable
 from contracts.units import MIB, format_bytes
 from contracts.wire import Hold, LaneReady, SlabReady, Spawn
 from nodeagent.events import StartLane
@@ -57,16 +57,16 @@ class CudaSlab:
         self.spec: DeviceSpec
 
     @classmethod
-    async def open(cls, device: str, options: Options) -> CudaSlab:
-        """The slab of a GPU, ready for lanes. Unavailable or InvalidValue when it cannot be had, or cannot be had as it was asked for."""
-        slab = cls(device, options, await find_gpu(options.gpus_command, device))
+    async def open(cls, device: str, options: Options, gpu: Gpu) -> CudaSlab:
+        """The slab of a GPU, ready for lanes. Unavailable when it cannot be had, or cannot be had as it was asked for."""
+        slab = cls(device, options, gpu)
         try:
             await slab._choose()
             await slab._hold(options.device_bytes)
         except BaseException:
             await slab.close()
             raise
-        ready, gpu = slab._slab, slab._gpu
+        ready = slab._slab
         link_bytes_per_s = options.link_bytes_per_s or ready.h2d_bytes_per_s
         slab.spec = DeviceSpec(device, ready.nbytes, link_bytes_per_s, host_link(gpu.bus_id), exclusive=not slab._limits.overlap)
         _log.info("%s: %s, slab of %s, %.1f GB/s from the host", device, gpu.name, format_bytes(ready.nbytes), ready.h2d_bytes_per_s / 1e9)
@@ -246,6 +246,18 @@ class CudaSlab:
             await holder.stop()
         if mps is not None:
             await mps.stop()
+
+
+async def find_all(options: Options) -> dict[str, Gpu]:
+    """The GPUs among the devices. InvalidValue for one that is not there, or that two names stand for; Unavailable when the driver does not work."""
+    gpus: dict[str, Gpu] = {}
+    for device in options.devices:
+        if device.startswith("cuda:"):
+            gpu = await find_gpu(options.gpus_command, device)
+            if any(gpu.uuid == other.uuid for other in gpus.values()):
+                raise InvalidValue(f"is {gpu.uuid}, which another --device names already", key="device", value=device)
+            gpus[device] = gpu
+    return gpus
 
 
 def clean_up(run_dir: Path) -> None:

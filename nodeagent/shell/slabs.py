@@ -149,27 +149,25 @@ class CpuSlab:
 async def open_slabs(options: Options) -> dict[str, Slab]:
     """The slabs of all devices, each ready for lanes. Unavailable or InvalidValue when one cannot be had; nothing is left then."""
     # Imported here: an agent of CPU devices alone does without.
-    from nodeagent.shell.cuda_slab import CudaSlab, clean_up
+    from nodeagent.shell.cuda_slab import CudaSlab, clean_up, find_all
 
-    gpus = [device for device in options.devices if device.startswith("cuda:")]
+    gpus = await find_all(options)
     check_memory((len(options.devices) - len(gpus)) * options.device_bytes)
     if gpus:
         clean_up(options.run_dir)
     slabs: dict[str, Slab] = {}
-    opening = [asyncio.ensure_future(CudaSlab.open(device, options)) for device in gpus]
+    opening = {device: asyncio.ensure_future(CudaSlab.open(device, options, gpu)) for device, gpu in gpus.items()}
     try:
-        slabs |= {device: CpuSlab(device, options) for device in options.devices if device not in gpus}
-        for device, slab in zip(gpus, opening, strict=True):
-            slabs[device] = await slab
+        for device in options.devices:
+            slabs[device] = await opening[device] if device in opening else CpuSlab(device, options)
     except BaseException:
-        for slab in opening:
+        for slab in opening.values():
             slab.cancel()
-        for opened in await asyncio.gather(*opening, return_exceptions=True):
-            if isinstance(opened, CudaSlab):
-                await opened.close()
-        await close_slabs({device: slab for device, slab in slabs.items() if device not in gpus})
+        results = await asyncio.gather(*opening.values(), return_exceptions=True)
+        opened = {slab.spec.id: slab for slab in results if isinstance(slab, CudaSlab)}
+        await close_slabs(slabs | opened)
         raise
-    return {device: slabs[device] for device in options.devices}
+    return slabs
 
 
 async def close_slabs(slabs: Mapping[str, Slab]) -> None:

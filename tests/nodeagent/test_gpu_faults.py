@@ -15,6 +15,7 @@ from contracts.errors import Refused
 from contracts.functions import Share
 from contracts.units import S
 from contracts.wire import Answer, Failed
+from tests.fakes import gpu
 from tests.faults.census import alive, command
 from tests.nodeagent.fake_worker import FAST_SM, LYING_SM, STILLBORN_SM
 from tests.nodeagent.node import Control, Node, Predictor, eventually, function
@@ -213,6 +214,7 @@ VAIN_STARTS = {
     ),
     "MPS that is asked for and is not there": (("--sm-backend", "mps"), {"FAKE_MPS": "absent"}, "MPS was asked for and cannot be had"),
     "MPS that is asked for and does not start": (("--sm-backend", "mps"), {"FAKE_MPS": "broken"}, "the fake is broken"),
+    "one GPU by two names": (("--device", "cuda:1", "--device", f"cuda:{gpu.uuid(1)}"), {}, "another --device names already"),
     "a GPU that is not there": (("--device", "cuda:7"), {}, "there is no such GPU; 2 are visible"),
 }
 
