@@ -44,6 +44,7 @@ class NodeState:
         self.tick_ns = NEVER_NS
         """The same as `next_tick_ns`, a far future instead of None."""
         self._lost: list[Device] = []
+        self._exclusive = any(device.exclusive for device in devices)
         self._handlers: dict[type[ev.Event], Callable[..., None]] = {
             ev.RequestArrived: self._request_arrived,
             ev.BatchFinished: self._batch_finished,
@@ -82,17 +83,23 @@ class NodeState:
 
     def refusal(self, key: str, share: Share, weight_bytes: int = 0) -> str | None:
         """Why a function with this share cannot be served, None if it can: guarantees must add up to no more than the devices have."""
-        others = sum(function.account.share.area_ppm for name, function in self.functions.items() if name != key)
+        own = self._area_ppm(share)
+        others = sum(self._area_ppm(function.account.share) for name, function in self.functions.items() if name != key)
         whole = 100 * WHOLE_QUOTA_BP * len(self.devices)
-        if others + share.area_ppm > whole:
+        if others + own > whole:
+            alone = " (its lanes run alone)" if own > share.area_ppm else ""
             return (
-                f"the share {share.sm_percent} % of SMs x {share.quota_percent:g} % of time is {share.area_ppm / 10_000:g} % of a GPU; "
+                f"the share {share.sm_percent} % of SMs x {share.quota_percent:g} % of time is {own / 10_000:g} % of a GPU{alone}; "
                 f"{others / 10_000:g} % of {whole / 10_000:g} % are guaranteed to other functions"
             )
         room = max(device.memory.capacity_bytes for device in self.devices.values())
         if weight_bytes > room:
             return f"its weights are {weight_bytes} bytes, the largest device has room for {room}"
         return None
+
+    def _area_ppm(self, share: Share) -> int:
+        """What a share takes of a GPU; where lanes run alone, the whole of it for its time."""
+        return 100 * share.quota_bp if self._exclusive else share.area_ppm
 
     def check(self) -> None:
         """Asserts what must hold after every event."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contracts.functions import Share
 from contracts.units import MS, S
 from nodeagent import events as ev
 from nodeagent.events import Reason
@@ -126,3 +127,13 @@ def test_lanes_of_an_exclusive_device_run_one_after_another() -> None:
     assert [lane.sm_percent for lane in driver.state.lanes.values()] == [50, 30], "one lane of a size is enough"
     driver.drain()
     assert len(driver.outcomes) == 5
+
+
+def test_time_is_all_that_an_exclusive_device_can_guarantee() -> None:
+    driver, shared = Driver(exclusive=True), Driver()
+    for each in (driver, shared):
+        each.declare("a", share=(50, 60))
+    assert shared.state.refusal("b", Share.of(50, 60)) is None
+    assert driver.state.refusal("b", Share.of(50, 40)) is None
+    reason = driver.state.refusal("b", Share.of(50, 60))
+    assert reason is not None and "is 60 % of a GPU (its lanes run alone); 60 % of 100 % are guaranteed" in reason
