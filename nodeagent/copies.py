@@ -76,7 +76,7 @@ class Link:
         """Grants chunks while the link has room; returns each task that was granted more, once."""
         granted: dict[int, CopyTask] = {}
         open_tasks = [task for task in self.tasks.values() if task.granted_bytes < task.nbytes]
-        while open_tasks:
+        while open_tasks and self._in_flight_bytes < self._window_bytes:
             task = open_tasks[0] if len(open_tasks) == 1 else min(open_tasks, key=lambda t: (-t.behind_bytes(now_ns), t.vruntime, t.copy))
             left = task.nbytes - task.granted_bytes
             chunk = left if left < self._chunk_bytes else self._chunk_bytes

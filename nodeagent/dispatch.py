@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from contracts.functions import FunctionClass
 from nodeagent import events as ev
 from nodeagent.copies import Link
 from nodeagent.entities import Device, FunctionState, Lane, LaneState, RequestState
@@ -234,8 +233,7 @@ class Dispatcher:
         function.stuck = False
         lane.request = request
         self._pool.occupy(lane, now_ns)
-        preemptible = function.spec.cls is FunctionClass.BEST_EFFORT
-        self.node.emit(ev.Run(lane.number, request.number, function.spec.key, extent.offset, extent.copy, preemptible))
+        self.node.emit(ev.Run(lane.number, request.number, function.spec.key, extent.offset, extent.copy, lane.best_effort))
 
     def _resume(self, request: RequestState, device: Device, now_ns: int) -> None:
         """A paused batch goes on when its SMs are free; on a device kept for another only when nothing runs: it may hold the memory needed."""

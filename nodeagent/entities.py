@@ -164,7 +164,8 @@ class LaneState(enum.Enum):
 class Lane:
     """A lane of a device. `since_ns` is when it took up its present state. Sizes are percent of the device's SMs.
 
-    `sm_percent` is its cap, `held_sm` what it holds of its device while it runs. `doomed`: it was told to end with a batch in hand, which hangs, or whose device is lost.
+    `sm_percent` is its cap, `held_sm` what it holds of its device while it runs. `doomed`: it was told to end with a batch in hand, which hangs, or
+    whose device is lost.
     """
 
     __slots__ = ("best_effort", "device", "doomed", "held_sm", "key", "number", "request", "since_ns", "sm_percent", "state")
@@ -243,15 +244,12 @@ class Device:
         self.start_after_ns = 0
         self.lost = False
 
-    def idle_lane(self, key: LaneKey, prefer: int = 0) -> Lane | None:
-        """An idle lane of this size and class, the preferred one if it is idle."""
-        found = None
+    def idle_lane(self, key: LaneKey, number: int = 0) -> Lane | None:
+        """An idle lane of this size and class; with a number, only that one."""
         for lane in self.lanes_by_key.get(key, ()):
-            if lane.state is LaneState.IDLE:
-                if lane.number == prefer:
-                    return lane
-                found = found or lane
-        return found
+            if lane.state is LaneState.IDLE and (not number or lane.number == number):
+                return lane
+        return None
 
     def lacks_lane(self, key: LaneKey) -> bool:
         """One more lane of this size and class could run beside those there are, and none is on its way."""

@@ -111,8 +111,8 @@ class DeviceMemory:
 
     def _cheapest_run(self, need: int, costs: Sequence[float | None]) -> Place | None:
         """Two pointers over the extents in order of address: each window of evictable neighbours that, with the holes around it, is long enough."""
-        starts = [0, *(extent.end for extent in self._ordered)]
-        ends = [*(extent.offset for extent in self._ordered[1:]), self.capacity_bytes]
+        starts = [0] + [extent.end for extent in self._ordered]
+        ends = [extent.offset for extent in self._ordered[1:]] + [self.capacity_bytes]
         best: tuple[int, int] | None = None
         least = math.inf
         first, total = 0, 0.0

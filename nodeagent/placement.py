@@ -82,14 +82,13 @@ def choose(
 
 def lane_with_weights(function: FunctionState, candidates: Sequence[Device]) -> Lane | None:
     """A lane where the function can run now without a new copy: idle on a device that holds the weights, or the one that copies them."""
-    sm_percent, _ = key = function.lane_key
+    extents, key = function.extents, function.lane_key
     for device in candidates:
-        extent = function.extents.get(device.spec.id)
-        if extent is None or device.running_sm + sm_percent > 100 or (device.held_for is not None and device.held_for is not function):
+        extent = extents.get(device.spec.id)
+        if extent is None or device.running_sm + key[0] > 100 or (device.held_for is not None and device.held_for is not function):
             continue
-        copier = 0 if extent.resident else device.link.tasks[extent.copy].lane
-        lane = device.idle_lane(key, prefer=copier)
-        if lane is not None and (not copier or lane.number == copier):
+        lane = device.idle_lane(key, device.link.tasks[extent.copy].lane if extent.copy else 0)
+        if lane is not None:
             return lane
     return None
 

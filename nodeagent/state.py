@@ -228,9 +228,10 @@ class NodeState:
 
     def _batch_finished(self, event: ev.BatchFinished, now_ns: int) -> None:
         lane = self.lanes.get(event.lane)
-        if lane is None or lane.request is None or lane.request.number != event.request:
+        request = lane.request if lane is not None else None
+        if lane is None or request is None or request.number != event.request:
             return
-        request, function = lane.request, lane.request.function
+        function = request.function
         self._charge(lane, request, event.gpu_ns)
         if event.ok:
             function.estimate.observe(request.rows, request.gpu_ns)
@@ -239,11 +240,11 @@ class NodeState:
             self._reject(request, Reason.CANCELLED)
         else:
             function.answered += request.requests
-            function.on_time += request.requests if event.ok and now_ns <= request.slo_deadline_ns else 0
+            if event.ok and now_ns <= request.slo_deadline_ns:
+                function.on_time += request.requests
             del self.requests[request.number]
             queue_ns = request.started_ns - request.arrived_ns
-            device = lane.device.spec.id
-            self.node.emit(ev.Answer(request.number, queue_ns, event.swap_ns, request.gpu_ns, request.cold, device))
+            self.node.emit(ev.Answer(request.number, queue_ns, event.swap_ns, request.gpu_ns, request.cold, lane.device.spec.id))
         self._settle(function, now_ns)
 
     def _batch_paused(self, event: ev.BatchPaused, now_ns: int) -> None:

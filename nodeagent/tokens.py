@@ -81,9 +81,10 @@ class Account:
 
     def charge(self, gpu_ns: int) -> None:
         """Pays for measured GPU time."""
+        share, whole_ns = self.share, gpu_ns * WHOLE_QUOTA_BP
         self.charged_ns += gpu_ns
-        self._due_ns += gpu_ns * WHOLE_QUOTA_BP // self.share.quota_bp
-        self._limit_due_ns += gpu_ns * WHOLE_QUOTA_BP // self.share.limit_bp
+        self._due_ns += whole_ns // share.quota_bp
+        self._limit_due_ns += whole_ns // share.limit_bp
 
     def set_share(self, share: Share, now_ns: int) -> None:
         """A new share from now on: what was saved or owed stays the same amount of GPU time, what was saved at most one new window's worth."""

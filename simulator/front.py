@@ -20,13 +20,16 @@ from simulator.record import Record
 
 
 class _Served:
-    __slots__ = ("around_ns", "batcher", "estimates", "function", "node", "record", "wake_ns")
+    __slots__ = ("around_ns", "batcher", "estimates", "function", "key", "node", "record", "slo_ns", "timeout_ns", "wake_ns")
 
     def __init__(self, function: Function, node: SimulatedNode, around_ns: int) -> None:
         self.function = function
+        self.key = function.key
+        self.slo_ns = function.slo.latency_ns
+        self.timeout_ns = function.timeout_ns
         self.around_ns = around_ns
         self.node = node
-        self.record = Record(function.slo.latency_ns)
+        self.record = Record(self.slo_ns)
         self.batcher = Batcher(function.max_batch, QUEUED_BATCHES * function.max_batch)
         self.estimates = Estimates()
         self.wake_ns: int | None = None
@@ -55,7 +58,7 @@ class Fronts:
     @property
     def records(self) -> Mapping[str, Record]:
         """What each function's requests met."""
-        return {served.function.key: served.record for served in self._served}
+        return {served.key: served.record for served in self._served}
 
     def forget(self) -> None:
         """The warm-up is over: what was recorded until now does not count."""
@@ -65,12 +68,12 @@ class Fronts:
     def arrive(self, number: int) -> None:
         """A request of the function with this number: one row."""
         served, now_ns = self._served[number], self._engine.now_ns
-        function, batcher = served.function, served.batcher
+        batcher = served.batcher
         if not batcher.rows:
             batcher.launched(1)  # nothing waits or runs: as from an empty queue, it leaves at once and alone
             self._submit(served, [now_ns])
             return
-        deadline_ns = now_ns + function.timeout_ns
+        deadline_ns = now_ns + served.timeout_ns
         if batcher.rows + 1 > batcher.max_rows:
             served.record.reject("the predictor's queue is full")
         elif served.estimates.retry_after_ms(now_ns, deadline_ns, 1, batcher.rows, batcher.max_batch):
@@ -78,18 +81,18 @@ class Fronts:
         else:
             self._last += 1
             self._arrived[self._last] = now_ns
-            hurry_ns = served.estimates.hurry_ns(now_ns, now_ns + function.slo.latency_ns, deadline_ns)
+            hurry_ns = served.estimates.hurry_ns(now_ns, now_ns + served.slo_ns, deadline_ns)
             batcher.add(Waiting(self._last, 1, 0, hurry_ns))
             self._dispatch(served)
 
     def answered(self, answer: ev.Answer) -> None:
         """Listener of the nodes."""
         run, now_ns = self._runs.pop(answer.request), self._engine.now_ns
-        served, around_ns = run.served, run.served.around_ns
+        served, swap_ns, run_ns = run.served, answer.swap_ns, answer.run_ns
         for arrived_ns in run.arrived_ns:
-            total_ns = now_ns - arrived_ns + around_ns
-            served.record.answer(total_ns, total_ns - answer.swap_ns - answer.run_ns, answer.swap_ns, answer.run_ns, cold=answer.cold)
-        served.estimates.observe(run.submitted_ns, now_ns, answer.swap_ns + answer.run_ns)
+            total_ns = now_ns - arrived_ns + served.around_ns
+            served.record.answer(total_ns, total_ns - swap_ns - run_ns, swap_ns, run_ns, cold=answer.cold)
+        served.estimates.observe(run.submitted_ns, now_ns, swap_ns + run_ns)
         self._over(run)
 
     def rejected(self, reject: ev.Reject) -> None:
@@ -121,11 +124,11 @@ class Fronts:
         served.wake_ns = wake_ns
 
     def _submit(self, served: _Served, arrived_ns: list[int]) -> None:
-        self._last += 1
-        function, rows = served.function, len(arrived_ns)
-        self._runs[self._last] = _Run(served, arrived_ns, self._engine.now_ns)
-        slo_ns, deadline_ns = arrived_ns[0] + function.slo.latency_ns, arrived_ns[-1] + function.timeout_ns
-        served.node.handle(ev.RequestArrived(self._last, function.key, rows, rows, slo_ns, deadline_ns))
+        self._last = number = self._last + 1
+        rows = len(arrived_ns)
+        self._runs[number] = _Run(served, arrived_ns, self._engine.now_ns)
+        slo_ns, deadline_ns = arrived_ns[0] + served.slo_ns, arrived_ns[-1] + served.timeout_ns
+        served.node.handle(ev.RequestArrived(number, served.key, rows, rows, slo_ns, deadline_ns))
 
     def _wake(self, served: _Served, wake_ns: int) -> None:
         if served.wake_ns == wake_ns:

@@ -163,8 +163,10 @@ class SimulatedNode:
         slower = self._hardware.cold_slowdown if copy else 1.0
         if lane.device.running_sm > lane.sm_percent:
             slower *= self._slowdown(lane, command.function)
-        run_ns = max(1, int(run_ns * slower))
-        batch = self._batches[command.lane] = _Batch(command.request, run_ns, int(run_ns * self._hardware.tail), copy, now_ns)
+        if slower != 1.0:
+            run_ns = max(1, int(run_ns * slower))
+        tail_ns = int(run_ns * self._hardware.tail) if copy else 0
+        batch = self._batches[command.lane] = _Batch(command.request, run_ns, tail_ns, copy, now_ns)
         if not copy:
             self._end_at(command.lane, batch, now_ns + run_ns)
 

@@ -19,16 +19,19 @@ PARTS = ("total", "queue", "swap", "run")
 class Histogram:
     """Times in ns."""
 
-    __slots__ = ("_buckets", "most_ns", "sum_ns")
+    __slots__ = ("_buckets", "_zeros", "most_ns", "sum_ns")
 
     def __init__(self) -> None:
         self._buckets: dict[int, int] = {}
-        self.sum_ns = self.most_ns = 0
+        self._zeros = self.sum_ns = self.most_ns = 0
 
     def add(self, time_ns: int) -> None:
         """Counts a time, 0 included."""
+        if time_ns <= 0:
+            self._zeros += 1
+            return
         buckets = self._buckets
-        bucket = int(log(time_ns) / _WIDTH) if time_ns > 0 else -1
+        bucket = int(log(time_ns) / _WIDTH)
         buckets[bucket] = buckets.get(bucket, 0) + 1
         self.sum_ns += time_ns
         if time_ns > self.most_ns:
@@ -37,36 +40,41 @@ class Histogram:
     @property
     def count(self) -> int:
         """How many times were counted."""
-        return sum(self._buckets.values())
+        return self._zeros + sum(self._buckets.values())
 
     def merge(self, other: Histogram) -> None:
         """Takes over all that another has counted."""
         for bucket, times in other._buckets.items():
             self._buckets[bucket] = self._buckets.get(bucket, 0) + times
+        self._zeros += other._zeros
         self.sum_ns += other.sum_ns
         self.most_ns = max(self.most_ns, other.most_ns)
 
     def percentile_ms(self, percent: float) -> float:
         """The time within which so many percent lie (nearest rank); nan when nothing was counted."""
-        rank, seen = math.ceil(self.count * percent / 100), 0
+        rank, seen = math.ceil(self.count * percent / 100), self._zeros
+        if seen >= rank > 0:
+            return 0.0
         for bucket in sorted(self._buckets):
             seen += self._buckets[bucket]
             if seen >= rank:
-                return 0.0 if bucket < 0 else min(self.most_ns, math.exp((bucket + 0.5) * _WIDTH)) / MS
+                return min(self.most_ns, math.exp((bucket + 0.5) * _WIDTH)) / MS
         return math.nan
 
     def curve(self) -> list[tuple[float, float]]:
         """(ms, percent of the times that are not longer), ascending: the cumulative distribution."""
-        points, seen, count = [], 0, self.count
+        seen, count = self._zeros, self.count
+        points = [(0.0, 100 * seen / count)] if seen else []
         for bucket in sorted(self._buckets):
             seen += self._buckets[bucket]
-            points.append((0.0 if bucket < 0 else min(self.most_ns, math.exp((bucket + 1) * _WIDTH)) / MS, 100 * seen / count))
+            points.append((min(self.most_ns, math.exp((bucket + 1) * _WIDTH)) / MS, 100 * seen / count))
         return points
 
     @property
     def mean_ms(self) -> float:
         """Exact; nan when nothing was counted."""
-        return self.sum_ns / self.count / MS if self._buckets else math.nan
+        count = self.count
+        return self.sum_ns / count / MS if count else math.nan
 
 
 class Record:
