@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import warnings
 
 import torch
 
@@ -39,6 +40,7 @@ def main() -> None:
     )
     parser.add_argument("--socket", type=int, default=0, metavar="FD", help="a connected Unix stream socket (default: standard input)")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", "The given buffer is not writable")
     channel = Channel(socket.socket(fileno=os.dup(parser.parse_args().socket)), Hold)
     received = channel.receive()
     if received is not None:

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from contracts.channel import Channel
+from contracts.errors import Unavailable
 from contracts.units import MIB
 from contracts.wire import Hold, SlabReady
+from predictor.worker.devices.holder import link_speed, take
 from tests.predictor.worker.conftest import PATIENCE_S, ROOT
 from tests.predictor.worker.fake_cuda import SMS, FakeCuda
 
@@ -63,18 +65,18 @@ def test_a_slab_is_held_measured_and_lent_until_the_channel_ends(start: Start) -
     assert process.wait(PATIENCE_S) == 0
 
 
-def test_without_a_size_it_takes_what_is_free_but_the_reserve(start: Start) -> None:
-    _, channel = start(Hold("cuda:0", 0, (1 << 30) - 6 * MIB - 1000))
-    assert slab_of(channel).nbytes == 6 * MIB
-
-
 @pytest.mark.parametrize("hold", [Hold("cuda:0", 2 << 30, 0), Hold("cuda:0", 0, 2 << 30)], ids=["more than is free", "a reserve above what is free"])
-def test_what_does_not_fit_is_said_and_ends_it(start: Start, hold: Hold) -> None:
-    process, channel = start(hold)
-    assert channel.receive() is None
-    _, said = process.communicate(timeout=PATIENCE_S)
-    assert b"cuda:0 has 1.0 GiB free" in said
-    assert process.returncode == 1
+def test_what_does_not_fit_is_said(hold: Hold) -> None:
+    driver = FakeCuda()
+    with pytest.raises(Unavailable, match=r"cuda:0 has 1\.0 GiB free"):
+        take(driver, hold)
+    driver.close()
+
+
+def test_without_a_size_it_takes_what_is_free_but_the_reserve() -> None:
+    driver = FakeCuda()
+    assert take(driver, Hold("cuda:0", 0, (1 << 30) - 6 * MIB - 1000)).numel() == 6 * MIB
+    driver.close()
 
 
 def test_a_broken_context_ends_it(start: Start, tmp_path: Path) -> None:
@@ -96,8 +98,6 @@ def test_an_agent_that_goes_before_it_asked_leaves_nothing(start: Start) -> None
 
 
 def test_a_slab_smaller_than_any_piece_is_measured_all_the_same() -> None:
-    from predictor.worker.devices.holder import link_speed
-
     driver = FakeCuda()
     bytes_per_s, piece = link_speed(driver, torch.empty(100_000, dtype=torch.uint8))
     assert piece == 100_000
