@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from contracts.errors import InvalidArtifact, InvalidValue
 from profiler.lattice import Array, Lattice, monotone, points
-from profiler.law import Belief, Posterior, Session, condition, parts, untrained
+from profiler.law import Belief, Posterior, Session, condition, parts, physics
 from profiler.population import learn
 from profiler.probes import best_probe
 
@@ -137,7 +137,7 @@ class Estimator:
     def condition(self, probes: ModelSamples) -> ModelEstimate:
         """What the probes (maybe none) say about a model, known or not."""
         rows, log_latency = probes.rows(), probes.log_latency()
-        belief = self.beliefs.get(probes.device) or untrained(Lattice.over([]))
+        belief = self.beliefs.get(probes.device) or physics(Lattice.over([]), rows, log_latency)
         return ModelEstimate(probes.name, belief.lattice, condition(belief, rows, log_latency), rows, belief.caution)
 
     def save(self, path: Path) -> None:

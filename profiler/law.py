@@ -10,7 +10,7 @@ prior; conditioning is Gauss-Newton (Laplace's approximation) with Student-t wei
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,6 +22,18 @@ _DEGREES = 4.0
 _STEPS = 25
 _LONGEST_STEP = 1.5
 _JITTER = 1e-6
+_LEVEL_SD = 3.0
+_AROUND, _AROUND_SD = 0.05, 0.15
+"""Of a node that charges device time: what the host adds to the device's time, in logarithms."""
+_GAPS_SD = 0.1
+"""How much slower a device is that idles between batches."""
+_BENT_SD = 0.17
+"""How far the device's time bends away from powers of batch and share."""
+_NOISES = (0.01, 0.02, 0.03, 0.045, 0.065, 0.1, 0.15, 0.22, 0.33)
+_NOISE, _NOISE_WIDTH = 0.05, 1.0
+"""Spreads of one measurement that are weighed, and how they are spread themselves, lognormal: its middle and its width."""
+_OF_NORMAL = 1.25
+"""Standard deviation of a normal distribution over the scale of the Student's t that fits it, roughly, at these degrees of freedom."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +58,8 @@ class Belief:
     """A Gaussian over the law's unknowns on a lattice, and the spread of one measurement (standard deviations of logarithms).
 
     `mean` (u,) and `covariance` (u, u): device values (batch x SM, SM fastest), stretch (quota), host (batch x quota, quota fastest).
-    `caution` multiplies the unknowns' standard deviation in intervals, so that these hold what they promise.
+    `caution` multiplies the unknowns' standard deviation in intervals, so that these hold what they promise. `charged`: the host's values are not
+    its time but what it adds to the device's, in logarithms (see `charging`).
     """
 
     lattice: Lattice
@@ -56,6 +69,7 @@ class Belief:
     device_noise: float
     host_noise: float
     caution: float = 1.0
+    charged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +92,15 @@ class Points:
         time = (self.batch[:, :, None] * self.sm[:, None, :]).reshape(len(self.beyond), -1)
         return np.hstack([time, self.quota, np.zeros((len(time), self.batch.shape[1] * self.quota.shape[1]))])
 
-    def host(self) -> Array:
+    def host(self, charged: bool = False) -> Array:
         """Map (n, u) from the unknowns to the logarithm of the host's time, without the session's part."""
         time = (self.batch[:, :, None] * self.quota[:, None, :]).reshape(len(self.beyond), -1)
-        before = self.batch.shape[1] * self.sm.shape[1] + self.quota.shape[1]
-        return np.hstack([np.zeros((len(time), before)), time])
+        device = (self.batch[:, :, None] * self.sm[:, None, :]).reshape(len(self.beyond), -1)
+        return np.hstack([device if charged else np.zeros_like(device), np.zeros_like(self.quota), time])
+
+    def maps(self, prior: Belief) -> tuple[Array, Array]:
+        """Both maps, as this belief has them."""
+        return self.device(), self.host(prior.charged)
 
     def lattice(self) -> Array:
         """Map (n, points of the lattice) from values on the lattice to values here."""
@@ -121,25 +139,66 @@ class Posterior:
 def untrained(lattice: Lattice) -> Belief:
     """What physics alone says: device time = work x batch / SM above a floor, host time = 1 / quota, their common level nearly unknown."""
     batch, sm, quota = lattice.axes
-    nb, ns, _ = lattice.shape
+    nb, _, _ = lattice.shape
     log_batch, log_sm, log_quota = np.log(batch), np.log(sm / 100), np.log(quota / 100)
     device, stretch, host = parts(lattice)
     mean = np.concatenate([np.maximum(0.7 * (log_batch[:, None] - log_sm), 0.0).ravel(), -0.5 * log_quota, np.tile(-1.0 - log_quota, nb)])
     covariance = np.zeros((len(mean), len(mean)))
-    covariance[device, device] = 0.1 * (
-        np.kron(np.outer(log_batch, log_batch), np.ones((ns, ns)))
-        + np.kron(np.ones((nb, nb)), np.outer(log_sm, log_sm))
-        + np.kron(_rbf(batch, 1.0), _rbf(sm, 0.7))
-        + 0.02 * np.kron(_rbf(batch, 0.5), _rbf(sm, 0.2))
-    )
+    covariance[device, device] = _slopes(lattice) + 0.1 * np.kron(_rbf(batch, 1.0), _rbf(sm, 0.7)) + 0.002 * np.kron(_rbf(batch, 0.5), _rbf(sm, 0.2))
     covariance[stretch, stretch] = np.outer(log_quota, log_quota) * (0.25 + 0.02 * _rbf(quota, 0.5))
     common = 1.0 + 0.3 * np.outer(log_quota, log_quota) + 0.05 * _rbf(quota, 0.5)
     covariance[host, host] = np.kron(np.ones((nb, nb)), common) + np.kron(np.eye(nb), 0.02 + 0.01 * _rbf(quota, 0.5))
     level = np.ones(len(mean))
     level[stretch] = 0.0
-    covariance += 9.0 * np.outer(level, level) + _JITTER * np.eye(len(mean))
+    covariance += _LEVEL_SD**2 * np.outer(level, level) + _JITTER * np.eye(len(mean))
     session = Session(0.05, 0.5 + 0.5 * _rbf(batch, 0.5), _rbf(sm, 0.5), _rbf(quota, 0.5))
     return Belief(lattice, mean, covariance, session, device_noise=0.03, host_noise=0.04)
+
+
+def charging(lattice: Lattice) -> Belief:
+    """What physics says of a node that charges device time to the quota, as Sluice's does, where batches follow each other.
+
+    The account's arithmetic: the slower of the device's time over the quota and, for it bears no wait, the batch's own time, which is the device's
+    and the host's around it. A device that idles between batches may be slower than one that does not, by a tenth or so.
+    """
+    prior = untrained(lattice)
+    batch, sm, quota = lattice.axes
+    device, stretch, host = parts(lattice)
+    log_quota, gaps = np.log(quota / 100), (quota < 100).astype(np.float64)
+    mean, covariance = prior.mean.copy(), np.zeros_like(prior.covariance)
+    mean[stretch], mean[host] = -log_quota, _AROUND
+    covariance[device, device] = _LEVEL_SD**2 + _slopes(lattice) + _BENT_SD**2 * np.kron(_rbf(batch, 1.0), _rbf(sm, 0.7))
+    covariance[stretch, stretch] = _GAPS_SD**2 * (np.outer(gaps, gaps) + 0.1 * np.outer(log_quota, log_quota))
+    covariance[host, host] = _AROUND_SD**2 * np.kron(0.5 + 0.5 * _rbf(batch, 1.0), np.ones((len(quota), len(quota))))
+    covariance += _JITTER * np.eye(len(mean))
+    return replace(prior, mean=mean, covariance=covariance, host_noise=prior.device_noise, charged=True)
+
+
+def physics(lattice: Lattice, rows: Array, log_latency: Array) -> Belief:
+    """What is believed of a device of which no model was learnt from: a node that charges device time, unless the measurements speak against it.
+
+    They also say how far they spread: the mean over the sizes, each as likely as it makes them.
+    """
+    believed = charging(lattice), untrained(lattice)
+    if not len(rows):
+        return believed[0]
+    points = Points.at(lattice, rows)
+    spreads = np.log(np.array(_NOISES) / _NOISE) / _NOISE_WIDTH
+    evidence = np.array(
+        [[_evidence(replace(each, device_noise=sd, host_noise=sd), points, log_latency - points.beyond) for sd in _NOISES] for each in believed]
+    )
+    likely = np.exp(evidence - evidence.max() - 0.5 * spreads**2)
+    best = int(np.argmax(likely.sum(axis=1)))
+    sd = _OF_NORMAL * float(np.sqrt(likely[best] @ np.square(_NOISES) / likely[best].sum()))
+    return replace(believed[best], device_noise=sd, host_noise=sd)
+
+
+def _slopes(lattice: Lattice) -> Array:
+    """Covariance of the device's values where work grows as a power of the batch and falls as a power of the SM share, both nearly unknown."""
+    log_batch, log_sm = np.log(lattice.batch), np.log(lattice.sm_percent / 100)
+    found = np.kron(np.outer(log_batch, log_batch), np.ones((len(log_sm), len(log_sm))))
+    found += np.kron(np.ones((len(log_batch), len(log_batch))), np.outer(log_sm, log_sm))
+    return np.asarray(0.1 * found, dtype=np.float64)
 
 
 def parts(lattice: Lattice) -> tuple[slice, slice, slice]:
@@ -152,7 +211,7 @@ def parts(lattice: Lattice) -> tuple[slice, slice, slice]:
 def condition(prior: Belief, rows: Array, log_latency: Array) -> Posterior:
     """What the measurements at the rows (n, 3), maybe none, say on the whole lattice."""
     everywhere = Points.at(prior.lattice, prior.lattice.rows())
-    maps = everywhere.device(), everywhere.host()
+    maps = everywhere.maps(prior)
     if not len(rows):
         blend = Blend.of(maps[0] @ prior.mean, maps[1] @ prior.mean, maps)
         return Posterior(blend.value, _prior_covariance(prior, everywhere, blend), blend.noise(prior))
@@ -170,7 +229,7 @@ def condition(prior: Belief, rows: Array, log_latency: Array) -> Posterior:
 
 def _solve(prior: Belief, points: Points, target: Array) -> tuple[Array, Blend, Array]:
     """Gauss-Newton in the space of the measurements: weights (n,), the law there, and the measurements' covariance (n, n)."""
-    maps = points.device(), points.host()
+    maps = points.maps(prior)
     device, host = maps[0] @ prior.mean, maps[1] @ prior.mean
     start, session = (device, host), prior.session.covariance(points, points)
     through = [prior.covariance @ each.T for each in maps]
@@ -197,6 +256,12 @@ def _solve(prior: Belief, points: Points, target: Array) -> tuple[Array, Blend, 
         length = min(pace, _LONGEST_STEP / max(longest, 1e-12))
         device, host = device + length * to_device, host + length * to_host
     return weights, blend, total
+
+
+def _evidence(prior: Belief, points: Points, target: Array) -> float:
+    """Logarithm of the measurements' density, but for a constant, with the law linear about their explanation."""
+    weights, _, total = _solve(prior, points, target)
+    return -0.5 * float(weights @ total @ weights + np.linalg.slogdet(total)[1])
 
 
 def _prior_covariance(prior: Belief, everywhere: Points, blend: Blend) -> Array:
