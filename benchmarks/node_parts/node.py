@@ -17,7 +17,7 @@ from pathlib import Path
 
 from contracts.errors import SluiceError, Unavailable
 from contracts.functions import Function, ModelFormat, ModelRef
-from contracts.units import MIB, S
+from contracts.units import GIB, MIB, S
 from contracts.wire import Answer, FunctionInfo, FunctionStatus, NodeStatus
 from nodeagent.shell.hoststore import store_folder
 from predictor.agent_client import AgentClient, Batch
@@ -27,11 +27,10 @@ from sluice.control import Client
 from sluice.processes import Child, describe_exit
 from sluice.rundir import RunDir
 
-_START_S = 60.0
+_START_S = 240.0
 _GRACE_S = 20.0
 _POLL_S = 0.02
 _TIMEOUT_NS = 120 * S
-_HOST_MEMORY = 4096 * MIB
 
 
 def catalogued(source: str) -> ModelRef:
@@ -83,6 +82,8 @@ class Caller:
             rows.append(sizes["batch"])
 
         def on_done(_: Batch, outcome: Answer | SluiceError) -> None:
+            if done.cancelled():
+                return
             if isinstance(outcome, Answer):
                 done.set_result(outcome)
             else:
@@ -149,12 +150,18 @@ class Node:
 
 
 @contextlib.asynccontextmanager
-async def running(device_memory: int, devices: Sequence[str] = ("cpu:0",), threads: int = 1, segment_bytes: int = 64 * MIB) -> AsyncIterator[Node]:
+async def running(
+    device_memory: int,
+    devices: Sequence[str] = ("cpu:0",),
+    threads: int = 1,
+    segment_bytes: int = 64 * MIB,
+    host_memory: int = 4 * GIB,
+) -> AsyncIterator[Node]:
     """A node with these devices, each of `device_memory` bytes, on a run directory of its own; all of it is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="sluice-") as folder:
         path = Path(folder, "run")
         run_dir = RunDir(path, store_folder(path))
-        arguments = ["--run-dir", str(path), "--device-memory", str(device_memory), "--host-memory", str(_HOST_MEMORY), "--threads", str(threads)]
+        arguments = ["--run-dir", str(path), "--device-memory", str(device_memory), "--host-memory", str(host_memory), "--threads", str(threads)]
         for device in devices:
             arguments += ["--device", device]
         agent: Child | None = None

@@ -51,20 +51,20 @@ class Preempted:
         return float(np.percentile(self.beside_ms, 99) / np.percentile(self.alone_ms, 99))
 
 
-async def measure(node: Node, turns: int, seconds: float, seed: int) -> Preempted:
+async def measure(node: Node, turns: int, seconds: float, seed: int, urgent: Function = URGENT, patient: Function = PATIENT) -> Preempted:
     """`turns` of `seconds` alone and `seconds` beside the neighbour."""
-    async with node.serving(URGENT, PATIENT):
-        speech = sample_inputs(URGENT.model, 1, seed)
-        long_batch = await rows_for(node, PATIENT.key, sample_inputs(PATIENT.model, 8, seed), _BATCH_NS)
-        own_ns = float(np.median([(await node.caller.call(URGENT.key, speech)).answer.run_ns for _ in range(_WARM_UP)]))
+    async with node.serving(urgent, patient):
+        part = sample_inputs(urgent.model, 1, seed)
+        long_batch = await rows_for(node, patient.key, sample_inputs(patient.model, 8, seed), _BATCH_NS)
+        own_ns = float(np.median([(await node.caller.call(urgent.key, part)).answer.run_ns for _ in range(_WARM_UP)]))
         alone: list[Reply] = []
         beside: list[Reply] = []
         batches = used_ns = 0
         for turn in range(turns):
             gaps_s = _gaps(random.Random(seed + turn), seconds, own_ns / S / _LOAD)
-            alone += await _arrivals(node, speech, gaps_s)
-            async with saturated(node, PATIENT.key, long_batch, depth=2) as record:
-                beside += await _arrivals(node, speech, gaps_s)
+            alone += await _arrivals(node, urgent.key, part, gaps_s)
+            async with saturated(node, patient.key, long_batch, depth=2) as record:
+                beside += await _arrivals(node, urgent.key, part, gaps_s)
             batches += record.answered
             used_ns += record.used_ns
     return Preempted(
@@ -83,7 +83,7 @@ def _gaps(chance: random.Random, seconds: float, mean_s: float) -> list[float]:
     return gaps
 
 
-async def _arrivals(node: Node, part: Mapping[str, Array], gaps_s: list[float]) -> list[Reply]:
+async def _arrivals(node: Node, key: str, part: Mapping[str, Array], gaps_s: list[float]) -> list[Reply]:
     """Sends requests at these distances, whether or not others are answered; returns when all are."""
     due_s = time.monotonic()
     tasks = []
@@ -91,7 +91,7 @@ async def _arrivals(node: Node, part: Mapping[str, Array], gaps_s: list[float]) 
         for gap_s in gaps_s:
             due_s += gap_s
             await asyncio.sleep(max(0.0, due_s - time.monotonic()))
-            tasks.append(group.create_task(node.caller.call(URGENT.key, part)))
+            tasks.append(group.create_task(node.caller.call(key, part)))
     return [task.result() for task in tasks]
 
 

@@ -19,7 +19,7 @@ from contracts.units import MS
 from models.samples import sample_inputs
 from predictor.segment import Array
 
-_SOURCE = "mlp?width=1024&depth=8&seed={}"
+SOURCE = "mlp?width=1024&depth=8"
 _FIRST_ROWS = 32
 _SETTLE_S = 1.0
 _CHANGE_BATCH_NS = 4 * MS
@@ -48,14 +48,14 @@ class Change:
     lost: int
 
 
-def function(name: str, seed: int, quota: float, limit: float) -> Function:
+def function(name: str, source: str, seed: int, quota: float, limit: float) -> Function:
     """A function that can fill the device: all SMs, batches as long as wanted."""
-    return Function(name, catalogued(_SOURCE.format(seed)), share=Share.of(100, quota, limit), max_batch=1024)
+    return Function(name, catalogued(f"{source}&seed={seed}"), share=Share.of(100, quota, limit), max_batch=1024)
 
 
-async def compete(node: Node, shares: Mapping[str, tuple[float, float]], batch_ns: int, seconds: float) -> Competition:
+async def compete(node: Node, shares: Mapping[str, tuple[float, float]], batch_ns: int, seconds: float, source: str = SOURCE) -> Competition:
     """Functions with these (quota, limit), all saturating, over `seconds` after the first second; each batch takes about `batch_ns`."""
-    functions = [function(name, seed, *share) for seed, (name, share) in enumerate(shares.items())]
+    functions = [function(name, source, seed, *share) for seed, (name, share) in enumerate(shares.items())]
     async with node.serving(*functions):
         part = await _part(node, functions[0], batch_ns)
         for each in functions[1:]:
@@ -80,7 +80,7 @@ async def change(node: Node, changes: int, low: float = 20, high: float = 60, se
     The delay is that of a step: with GPU time u used in the time T after the reply, the old rate held for (new T - u) / (new - old). Its grain is a
     batch.
     """
-    one = function("changing", 0, low, low)
+    one = function("changing", SOURCE, 0, low, low)
     delays_ms = []
     async with node.serving(one):
         part = await _part(node, one, _CHANGE_BATCH_NS)
