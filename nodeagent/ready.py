@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from typing import Any, Protocol, TypeVar
+from collections.abc import Iterator
+from operator import itemgetter
+from typing import Any, Protocol
 
 from nodeagent.tokens import NEVER_NS, Tier
 
@@ -22,7 +24,7 @@ class Waiting(Protocol):
     turn: int
 
 
-T = TypeVar("T", bound=Waiting)
+_ITEM = itemgetter(2)
 
 
 class ReadyQueue:
@@ -33,9 +35,9 @@ class ReadyQueue:
         """What may start, most urgent first: (key, turn, item)."""
         self._wakes: list[tuple[int, int, Any]] = []
 
-    def head(self, count: int) -> list[Any]:
-        """The most urgent items, in order."""
-        return [entry[2] for entry in self.order[:count]]
+    def head(self, count: int) -> Iterator[Any]:
+        """The most urgent items, in order, as they stand now, whatever is placed or discarded meanwhile."""
+        return map(_ITEM, self.order[:count])
 
     def place(self, item: Waiting, tier: Tier, order: tuple[Any, ...], change_ns: int) -> None:
         """Puts an item where its urgency says, until `change_ns`."""

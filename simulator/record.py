@@ -96,8 +96,10 @@ class Record:
     def answer(self, total_ns: int, queue_ns: int, swap_ns: int, run_ns: int, *, cold: bool) -> None:
         """One request was answered."""
         self.answered += 1
-        self.cold += cold
-        self.late += total_ns > self.objective_ns
+        if cold:
+            self.cold += 1
+        if total_ns > self.objective_ns:
+            self.late += 1
         total, queue, swap, run = self._histograms
         total.add(total_ns)
         queue.add(queue_ns)
