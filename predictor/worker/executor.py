@@ -6,11 +6,10 @@ asks a preemptible batch to pause. Never decides what runs, and fails only with 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
-from contracts.artifact import Signature
 from contracts.errors import to_wire
 from contracts.lane_page import LanePage
 from contracts.wire import BatchDone, Run
@@ -51,8 +50,7 @@ class Executor:
             self._bound.settle()
             meter.start()
             program = function.bind(self._device.slab, run.offset)
-            gated = self._open(run, function, program, awaited)
-            self._run(run, program, function.signature, None if gated else Place(function, run.offset))
+            self._run(run, function, program, awaited)
         except Exception as failure:
             self._device.survive(failure)
             kind, message, _ = to_wire(failure)
@@ -62,23 +60,35 @@ class Executor:
         return BatchDone(run.batch, meter.gpu_ns, meter.swap_ns, error)
 
     @torch.inference_mode()
-    def _run(self, run: Run, program: Program, signature: Signature, place: Place | None) -> None:
-        inputs = self._segments.inputs(run.segment, run.parts, signature)
-        outputs = self._device.fetch(self._device.execute(program, inputs, place), self._meter)
-        self._segments.write(run.segment, run.parts, outputs, signature)
+    def _run(self, run: Run, function: Function, program: Program, awaited: Transfer | None) -> None:
+        inputs = self._segments.inputs(run.segment, run.parts, function.signature)
+        place = Place(function, run.offset)
+        gated = self._open(run, place, program, awaited, inputs)
+        outputs = self._device.execute(program, inputs, None if gated else place)
+        self._segments.write(run.segment, run.parts, self._device.fetch(outputs, self._meter), function.signature)
 
-    def _open(self, run: Run, function: Function, program: Program, awaited: Transfer | None) -> bool:
+    def _open(self, run: Run, place: Place, program: Program, awaited: Transfer | None, inputs: Mapping[str, torch.Tensor]) -> bool:
         """Arms the gates if this batch has anything to do there, and passes the one before the model itself; whether it did."""
         self._awaited = None if awaited is None or awaited.complete else awaited
         self._batch = run.batch if run.preemptible else 0
         self._held_bytes = 0
+        if self._awaited is not None and not self._batch:
+            self._await_all(self._awaited, place, inputs)
         if self._awaited is None and not self._batch:
             program.gates.disarm()
             return False
-        program.gates.arm(function.needs, self._pass)
-        name, need_bytes = function.needs[0]
+        needs = place.function.needs
+        program.gates.arm(needs, self._pass)
+        name, need_bytes = needs[0]
         self._pass(0 if name else need_bytes)
         return True
+
+    def _await_all(self, awaited: Transfer, place: Place, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Waits for all weights here where the device can then do better than beside their copy."""
+        total = awaited.weights.numel()
+        if self._device.replays(place, inputs, total - awaited.arrived):
+            self._meter.stall(lambda: awaited.hold(total))
+            self._awaited = None
 
     def _pass(self, need_bytes: int) -> None:
         """At a gate: falls back to the share, waits for weights unless compute is held for them already, pauses if asked to."""

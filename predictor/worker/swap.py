@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from bisect import bisect_left
 from collections.abc import Callable
 from typing import NoReturn
@@ -29,7 +30,7 @@ class Transfer:
     `arrived` follows the device, not the host, and only grows; a run compares it at every gate, without a lock.
     """
 
-    __slots__ = ("_ends", "_events", "_moved", "arrived", "cancelled", "copy", "issued", "offset", "reported", "weights")
+    __slots__ = ("_ends", "_events", "_moved", "arrived", "begun_ns", "cancelled", "copy", "issued", "offset", "reported", "weights")
 
     def __init__(self, copy: int, weights: torch.Tensor, offset: int) -> None:
         self.copy = copy
@@ -38,6 +39,7 @@ class Transfer:
         self.issued = 0
         self.arrived = 0
         self.reported = 0
+        self.begun_ns = 0
         self.cancelled = False
         self._ends: list[int] = []
         self._events: list[Event] = []
@@ -108,6 +110,8 @@ class SwapEngine:
         if transfer is None:
             return
         until = min(until_bytes, transfer.weights.numel())
+        if not transfer.issued:
+            transfer.begun_ns = time.monotonic_ns()
         while transfer.issued < until:
             start = transfer.issued
             end = min(start + self._device.piece_bytes, until)
@@ -126,6 +130,8 @@ class SwapEngine:
             transfer, end, last, event = self._under_way.get()
             event.wait()
             self._arrive(transfer, end, last)
+            if transfer.complete:
+                self._device.copied(end, time.monotonic_ns() - transfer.begun_ns)
             del transfer, event
 
     def _arrive(self, transfer: Transfer, end: int, last: bool) -> None:

@@ -93,6 +93,12 @@ class Device(Protocol):
     def copy(self, weights: torch.Tensor, start: int, end: int, offset: int) -> Event:
         """Copies weights[start:end] to `offset + start` of the slab, in the order of the calls; called from the copy thread only."""
 
+    def copied(self, nbytes: int, took_ns: int) -> None:
+        """A copy of so many bytes took so long, from its first piece to the arrival of its last; where copies are asynchronous."""
+
+    def replays(self, place: Place, inputs: Mapping[str, torch.Tensor], missing_bytes: int) -> bool:
+        """Whether a recorded run that begins when so many more bytes have been copied would end before one that goes on beside the copy."""
+
     def execute(self, program: Program, inputs: Mapping[str, torch.Tensor], place: Place | None) -> dict[str, torch.Tensor]:
         """Runs a bound program on inputs in host memory. `place` is given when nothing needs the gates: the run may then be a recorded one."""
 

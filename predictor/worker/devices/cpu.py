@@ -137,6 +137,13 @@ class CpuDevice:
                 time.sleep(wait_ns / S)
         return self._done
 
+    def copied(self, nbytes: int, took_ns: int) -> None:
+        """Nobody asks."""
+
+    def replays(self, place: Place, inputs: Mapping[str, torch.Tensor], missing_bytes: int) -> bool:
+        """Nothing is recorded."""
+        return False
+
     def execute(self, program: Program, inputs: Mapping[str, torch.Tensor], place: Place | None) -> dict[str, torch.Tensor]:
         """As Device.execute: on the calling thread."""
         return program.execute(inputs)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from contracts.errors import SluiceError
-from contracts.units import MIB
+from contracts.units import MIB, S
 from predictor.worker.devices import driver as seam
 from predictor.worker.devices.base import Meter, Place
 from predictor.worker.devices.graphs import Graphs, shapes_of
@@ -160,6 +161,8 @@ class CudaDevice:
         self._events = Events(driver)
         self._staging = Staging(driver)
         self._pinned: set[int] = set()
+        self._bytes_per_s = 0
+        self._note: Callable[[int], None] | None = None
 
     def pin(self, weights: torch.Tensor) -> None:
         """As Device.pin. Until then copies from these weights go through the driver's own staging memory."""
@@ -182,8 +185,20 @@ class CudaDevice:
         event.record(self._driver.copies)
         return CudaEvent(event, self._driver.compute)
 
+    def copied(self, nbytes: int, took_ns: int) -> None:
+        """As Device.copied."""
+        self._bytes_per_s = nbytes * S // max(1, took_ns)
+
+    def replays(self, place: Place, inputs: Mapping[str, torch.Tensor], missing_bytes: int) -> bool:
+        """As Device.replays: a small model costs the host more time than it has to wait for its weights."""
+        recorded = self.graphs.find(place, shapes_of(inputs))
+        if recorded is None or not recorded.replay_ns or not self._bytes_per_s:
+            return False
+        return missing_bytes * S // self._bytes_per_s + recorded.replay_ns < recorded.eager_ns
+
     def execute(self, program: Program, inputs: Mapping[str, torch.Tensor], place: Place | None) -> dict[str, torch.Tensor]:
         """As Device.execute: the graph, if there is one for this place and these shapes."""
+        self._note = None
         program.execute.check(inputs)
         self._staging.renew()
         staged = {name: self._staging.take(tensor).copy_(tensor) for name, tensor in inputs.items()}
@@ -195,10 +210,10 @@ class CudaDevice:
             for name, tensor in staged.items():
                 self._driver.copy(recorded.inputs[name], tensor, self._driver.compute)
             recorded.graph.replay()
+            self._note = partial(setattr, recorded, "replay_ns")
             return recorded.outputs
-        outputs = self._run(program, staged)
-        self.graphs.ran(place, shapes)
-        return outputs
+        self._note = partial(self.graphs.ran, place, shapes)
+        return self._run(program, staged)
 
     def fetch(self, outputs: dict[str, torch.Tensor], meter: Meter) -> dict[str, torch.Tensor]:
         """As Device.fetch; the one wait of a batch is that of its meter."""
@@ -207,6 +222,9 @@ class CudaDevice:
             fetched[name] = self._staging.take(tensor)
             self._driver.copy(fetched[name], tensor, self._driver.compute)
         meter.stop()
+        if self._note is not None:
+            self._note(meter.gpu_ns)
+            self._note = None
         return fetched
 
     @property

@@ -10,7 +10,8 @@ import sys
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,13 +28,16 @@ _RUNS_BEFORE = 2
 Shapes = tuple[tuple[str, torch.dtype, torch.Size], ...]
 
 
-class Recorded(NamedTuple):
-    """A graph at the addresses of its weights (`offset`), inputs and outputs."""
+@dataclass(slots=True)
+class Recorded:
+    """A graph at the addresses of its weights (`offset`), inputs and outputs; how long a run took before, and a replay takes (0: unknown)."""
 
     offset: int
     graph: seam.Graph
     inputs: dict[str, torch.Tensor]
     outputs: dict[str, torch.Tensor]
+    eager_ns: int
+    replay_ns: int = 0
 
 
 class Graphs:
@@ -44,7 +48,7 @@ class Graphs:
         self._slab = slab
         self._recorded: OrderedDict[tuple[int, Shapes], Recorded] = OrderedDict()
         self._runs: dict[tuple[int, Shapes], tuple[int, int]] = {}
-        self._wanted: OrderedDict[tuple[int, Shapes], tuple[weakref.ref[Function], int]] = OrderedDict()
+        self._wanted: OrderedDict[tuple[int, Shapes], tuple[weakref.ref[Function], int, int]] = OrderedDict()
         self._refused: weakref.WeakSet[Program] = weakref.WeakSet()
         self._forgotten: deque[int] = deque()
 
@@ -63,7 +67,7 @@ class Graphs:
             self._recorded.move_to_end(key)
         return recorded
 
-    def ran(self, place: Place, shapes: Shapes) -> None:
+    def ran(self, place: Place, shapes: Shapes, took_ns: int) -> None:
         """These shapes were run eagerly at this place: worth a graph if they come again."""
         function = place.function
         if function.program is None or not function.program.recordable or function.program in self._refused:
@@ -74,7 +78,7 @@ class Graphs:
         self._runs[key] = place.offset, runs
         if runs >= _RUNS_BEFORE:
             del self._runs[key]
-            self._wanted[key] = weakref.ref(function), place.offset
+            self._wanted[key] = weakref.ref(function), place.offset, took_ns
             if len(self._wanted) > _MOST_WANTED:
                 self._wanted.popitem(last=False)
         elif len(self._runs) > _MOST_GRAPHS:
@@ -90,13 +94,13 @@ class Graphs:
         self._drain()
         if not self._wanted:
             return
-        (serial, shapes), (reference, offset) = self._wanted.popitem()
+        (serial, shapes), (reference, offset, eager_ns) = self._wanted.popitem()
         function = reference()
         if function is None or function.program is None:
             return
         try:
             with torch.inference_mode():
-                self._recorded[serial, shapes] = self._record(function, offset, shapes)
+                self._recorded[serial, shapes] = self._record(function, offset, shapes, eager_ns)
         except Exception as failure:
             self._refused.add(function.program)
             print(f"{function.name} runs without a CUDA graph: {failure}", file=sys.stderr)
@@ -115,13 +119,13 @@ class Graphs:
             recorded.graph.reset()
         self._recorded.clear()
 
-    def _record(self, function: Function, offset: int, shapes: Shapes) -> Recorded:
+    def _record(self, function: Function, offset: int, shapes: Shapes, eager_ns: int) -> Recorded:
         """Nothing is run: the weights may not be there any more, and who knows what lies there now."""
         program = function.bind(self._slab, offset)
         program.gates.disarm()
         inputs = {name: self._driver.empty(torch.empty(size, dtype=dtype, device="meta")).zero_() for name, dtype, size in shapes}
         graph, outputs = self._driver.capture(lambda: program.execute(inputs))
-        return Recorded(offset, graph, inputs, outputs)
+        return Recorded(offset, graph, inputs, outputs, eager_ns)
 
     def _drain(self) -> None:
         while self._forgotten:

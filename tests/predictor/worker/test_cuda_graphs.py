@@ -106,6 +106,33 @@ def test_a_batch_that_may_pause_or_whose_weights_still_come_is_never_replayed(be
     assert bench.driver.graphs[0].replayed == 0
 
 
+def test_a_cold_batch_is_replayed_behind_its_copy_where_the_host_would_take_longer_to_issue_it(bench: Bench) -> None:
+    function, device = bench.functions["a"], bench.rig.device
+    for x in (1, 2):
+        bench.answers("a", 0, x)
+    bench.settle()
+    bench.answers("a", 0, 3)
+    (graph,) = bench.driver.graphs
+    recorded = device.graphs._recorded[next(iter(device.graphs._recorded))]
+    assert recorded.eager_ns == recorded.replay_ns > 0
+    for copy, (eager_ns, replays) in enumerate(((recorded.replay_ns, 1), (10**12, 2), (recorded.replay_ns, 2)), start=1):
+        recorded.eager_ns = eager_ns
+        bench.rig.scribble(0, 300, copy)
+        launched = bench.driver.launched
+        with ThreadPoolExecutor(1) as pool:
+            with bench.driver.halted():
+                bench.rig.begin(copy, function, 0)
+                for until in (100, 300):
+                    bench.rig.grant(copy, until)
+                batch = pool.submit(bench.rig.run, function, 0, copy, copy=copy)
+                bench.driver.until(lambda launched=launched: bench.driver.launched == launched + 2)
+            done, output = batch.result(PATIENCE_S)
+        assert (done.error, output) == (None, answer(bench.contents["a"], copy))
+        bench.rig.until_copied(copy, 300)
+        bench.driver.until(lambda: device._bytes_per_s > 0)
+        assert graph.replayed == replays
+
+
 def test_a_detached_function_loses_its_graphs_and_is_not_kept_by_what_was_wanted(bench: Bench) -> None:
     for x in (1, 2):
         bench.answers("a", 0, x)
