@@ -43,6 +43,7 @@ class Beside(Protocol):
 class Hardware(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a node's parts take beside running. `segment_ns`: a best-effort batch reaches its next gate within this time.
 
+    `handover_ns`: a lane stands still so long for each batch, until it hears of it and until the node agent hears of its end; nobody pays for that.
     `tail`: the part of a run that follows the arrival of the last weights, since layers run while later ones are copied. `cold_slowdown`: how many
     times as long a batch computes while its weights are copied. `neighbour_slowdown`: how much longer it takes for each whole GPU's worth of SMs that
     others run on beside it.
@@ -50,6 +51,7 @@ class Hardware(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     lane_start_ns: Annotated[int, Meta(ge=0)] = 500 * MS
     copy_start_ns: Annotated[int, Meta(ge=0)] = MS // 20
+    handover_ns: Annotated[int, Meta(ge=0)] = 0
     segment_ns: Annotated[int, Meta(ge=0)] = MS
     tail: Annotated[float, Meta(ge=0, le=1)] = 0.1
     cold_slowdown: Annotated[float, Meta(ge=1)] = 1.0
@@ -166,9 +168,10 @@ class SimulatedNode:
         if slower != 1.0:
             run_ns = max(1, int(run_ns * slower))
         tail_ns = int(run_ns * self._hardware.tail) if copy else 0
-        batch = self._batches[command.lane] = _Batch(command.request, run_ns, tail_ns, copy, now_ns)
+        begin_ns = now_ns + self._hardware.handover_ns
+        batch = self._batches[command.lane] = _Batch(command.request, run_ns, tail_ns, copy, begin_ns)
         if not copy:
-            self._end_at(command.lane, batch, now_ns + run_ns)
+            self._end_at(command.lane, batch, begin_ns + run_ns)
 
     def _slowdown(self, lane: Lane, function: str) -> float:
         """Beside those that run now; who comes or goes later changes nothing any more."""

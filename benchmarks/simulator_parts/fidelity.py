@@ -8,11 +8,13 @@ benchmarks/results/fidelity/real.json`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
 import statistics
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +27,14 @@ from benchmarks.open_loop import Node, Reply, Request, play, serving
 from benchmarks.result import Metric
 from contracts.functions import Function, ModelFormat, ModelRef, Share, Slo
 from contracts.units import MIB, MS, S
+from models.describe import describe
 from models.samples import sample_inputs
 from profiler.estimator import Estimator
 from profiler.measure import Sampling
 from profiler.planner import planners
 from profiler.points import Point, Points, read
 from profiler.quiet import QUIET_CORES, Machine
-from profiler.session import NodeOptions, started
+from profiler.session import NodeOptions, Session, saturating, started
 from profiler.sweep import Plan, sweep
 from simulator import against, report
 from simulator.against import Line, Real, RealFunction
@@ -77,11 +80,12 @@ class _Size:
     span_s: float
     warm_up_s: float
     singles: int
+    handover_s: float
     sampling: Sampling
 
 
-_FULL = _Size(span_s=120, warm_up_s=10, singles=30, sampling=Sampling(spread=0.01, enough=300, seconds=3, most_seconds=6))
-_QUICK = _Size(span_s=20, warm_up_s=2, singles=6, sampling=Sampling(spread=0.05, seconds=0.3, most_seconds=0.6))
+_FULL = _Size(span_s=120, warm_up_s=10, singles=30, handover_s=5, sampling=Sampling(spread=0.01, enough=300, seconds=3, most_seconds=6))
+_QUICK = _Size(span_s=20, warm_up_s=2, singles=6, handover_s=1, sampling=Sampling(spread=0.05, seconds=0.3, most_seconds=0.6))
 
 
 def measure(quick: bool) -> dict[str, Metric]:
@@ -98,17 +102,18 @@ def _run(folder: Path, size: _Size) -> dict[str, Metric]:
     table = folder / "points.parquet"
     with started(NodeOptions(device_bytes=_DEVICE_BYTES, link_bytes_per_s=_LINK_BYTES_PER_S)) as session:
         sweep(functions, table, planners(Estimator()), Plan((1, 2, _MAX_BATCH), (100,), (100,), None, None, True, SEED, size.sampling), session)
+        handover_ms = _handover_ms(session, functions[-2:], size.handover_s)
     points, requests = read(table), {function.name: Request.of(function, _row(function)) for function in functions}
     with serving(functions, *_NODE) as node:
         before = _singles(node, requests, points, size.singles)
-    known = _Calibration.of(points, before)
+    known = _Calibration.of(points, before, handover_ms)
     per_minute = {name: round(60e3 * each.busy / known.run_ms[name], 1) for name, each in _LOADS.items()}
     # A new node, for the simulated one begins with an empty device too: what lies where decides what is evicted for what.
     with serving(functions, *_NODE) as node:
         real = _real(node, _world(folder, size, points, known, per_minute), requests)
         after = _singles(node, requests, points, size.singles)
     (folder / "real.json").write_bytes(against.encode(real))
-    known = _Calibration.of(points, {name: before[name] + after[name] for name in before})
+    known = _Calibration.of(points, {name: before[name] + after[name] for name in before}, handover_ms)
     world = _world(folder, size, points, known, per_minute)
     outcome = simulate("sluice", world)
     figures = report.figures(world, outcome)
@@ -130,6 +135,27 @@ def _function(name: str, each: _Load) -> Function:
 def _row(function: Function) -> dict[str, Any]:
     """One row, the same that a sweep's batches begin with."""
     return {name: array[:1] for name, array in sample_inputs(function.model, _MAX_BATCH, SEED).items()}
+
+
+def _handover_ms(session: Session, functions: Sequence[Function], seconds: float) -> float:
+    """Two small functions keep the one lane busy: the time in which nothing ran, for each batch."""
+    share = Share.of(100, 45)
+    with contextlib.ExitStack() as stack:
+        callers = []
+        for function in functions:
+            key, signature = stack.enter_context(session.serving(function, share)), describe(function.model).signature
+            callers.append(session.caller(key, signature, _row(function)))
+            stack.enter_context(callers[-1])
+            callers[-1].call()
+        stack.enter_context(saturating(callers[0]))
+        callers[1].call()
+        before, begun = session.status(), time.monotonic()
+        while time.monotonic() < begun + seconds:
+            callers[1].call()
+        after, ended = session.status(), time.monotonic()
+    batches = sum(line.answered for line in after.functions) - sum(line.answered for line in before.functions)
+    ran_s = (after.devices[0].busy_ns - before.devices[0].busy_ns) / S
+    return 1e3 * max(0.0, ended - begun - ran_s) / batches
 
 
 def _real(node: Node, world: World, requests: Mapping[str, Request]) -> Real:
@@ -184,18 +210,19 @@ class _Calibration:
     """What single requests through HTTP say beyond the profile.
 
     `run_ms`: the GPU time of a warm run between other functions' runs, and `scale`: how many times that of the profile, whose runs follow each other;
-    `around_ms`: what a request spends on the way; `cold`: the GPU time of a run whose weights are being copied over that of a warm one; `tail`: by
-    which part of the run a cold one outlasts its copy.
+    `around_ms`: what a request spends on the way, but for the `handover_ms` between agent and lane; `cold`: the GPU time of a run whose weights are
+    being copied over that of a warm one; `tail`: by which part of the run a cold one outlasts its copy.
     """
 
     run_ms: Mapping[str, float]
     scale: Mapping[str, float]
     around_ms: Mapping[str, float]
+    handover_ms: float
     cold: float
     tail: float
 
     @classmethod
-    def of(cls, points: Points, singles: Mapping[str, Sequence[Reply]]) -> _Calibration:
+    def of(cls, points: Points, singles: Mapping[str, Sequence[Reply]], handover_ms: float) -> _Calibration:
         """From replies to single requests."""
         profiled = _profiled(points)
         run_ms = {name: _usual([reply.run_ms for reply in replies if not reply.cold]) for name, replies in singles.items()}
@@ -206,7 +233,8 @@ class _Calibration:
         return cls(
             run_ms,
             {name: run_ms[name] / (point.gpu_ms * _usual(factors_of(point))) for name, point in profiled.items()},
-            {name: statistics.median(reply.around_ms + reply.queue_ms for reply in replies) for name, replies in singles.items()},
+            {name: max(0.0, statistics.median(map(_around_ms, replies)) - handover_ms) for name, replies in singles.items()},
+            handover_ms,
             max(1.0, statistics.median(slower)) if slower else 1.0,
             min(1.0, max(0.0, statistics.median(tails))) if tails else 0.1,
         )
@@ -215,6 +243,11 @@ class _Calibration:
 def _profiled(points: Points) -> dict[str, Point]:
     """By name, the point of one row."""
     return {point.function.partition("/")[2]: point for point in points.points if point.batch == 1}
+
+
+def _around_ms(reply: Reply) -> float:
+    """What is called a queue is here a step of the agent: nobody else is there."""
+    return reply.around_ms + reply.queue_ms
 
 
 def _copy_ms(point: Point) -> float:
@@ -247,7 +280,7 @@ def _world(folder: Path, size: _Size, points: Points, known: _Calibration, per_m
         "warm_up_s": size.warm_up_s,
         "seed": SEED,
         "devices": {"memory": str(_DEVICE_BYTES), "link_gb_per_s": _LINK_BYTES_PER_S / 1e9},
-        "hardware": {"tail": round(known.tail, 3), "cold_slowdown": round(known.cold, 3)},
+        "hardware": {"handover_ns": round(known.handover_ms * MS), "tail": round(known.tail, 3), "cold_slowdown": round(known.cold, 3)},
         "functions": groups,
     }
     path = folder / "scenario.yaml"
@@ -288,5 +321,6 @@ def _metrics(lines: Sequence[Line], real: Real, known: _Calibration) -> dict[str
         "fidelity_gpu_seconds": Metric(real.gpu_s, "s"),
         "fidelity_swaps": Metric(real.swaps, "swaps"),
         "fidelity_around": Metric(statistics.fmean(known.around_ms.values()), "ms"),
+        "fidelity_handover": Metric(known.handover_ms, "ms a batch"),
         "fidelity_cold_slowdown": Metric(known.cold, "times the warm GPU time"),
     }

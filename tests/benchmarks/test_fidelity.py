@@ -60,10 +60,10 @@ def test_what_single_requests_say_is_found_again() -> None:
         + [single(cold_ms, 5.0, copy_ms + 0.1 * cold_ms - cold_ms) for _ in range(9)],
         "small": [single(6 * factor, 2.0) for factor in chance.normal(1, 0.02, 40)],
     }
-    found = fidelity._Calibration.of(points, replies)
+    found = fidelity._Calibration.of(points, replies, 0.5)
     assert found.scale == pytest.approx({"large": 1.2, "small": 1.2}, rel=0.02)
     assert found.run_ms == pytest.approx({"large": 24.0, "small": 6.0}, rel=0.02)
-    assert found.around_ms == pytest.approx({"large": 3.0, "small": 2.0})
+    assert found.around_ms == pytest.approx({"large": 2.5, "small": 1.5}), "of it, half a millisecond is the lane's"
     assert found.cold == pytest.approx(1.5, rel=0.02)
     assert found.tail == pytest.approx(0.1, abs=0.01)
 
@@ -71,7 +71,7 @@ def test_what_single_requests_say_is_found_again() -> None:
 def test_without_cold_requests_nothing_is_slower_for_being_cold() -> None:
     facts = DeviceFacts("cpu", "a processor", 1, 2500.0, 1e11, 2e10, 1e10, 1 << 30)
     points = Points(Header({"cpu:0": facts}, {}), (point("small", 5.0, 1_000),))
-    found = fidelity._Calibration.of(points, {"small": [single(5.0, 1.0)] * 3})
+    found = fidelity._Calibration.of(points, {"small": [single(5.0, 1.0)] * 3}, 0.0)
     assert (found.cold, found.scale["small"]) == (1.0, pytest.approx(1.0))
 
 
@@ -94,7 +94,7 @@ def test_an_open_loop_load_on_a_real_node() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_run_leaves_files_that_can_be_simulated_against_each_other(tmp_path: Path) -> None:
-    size = fidelity._Size(span_s=5, warm_up_s=1, singles=4, sampling=Sampling(spread=0.1, seconds=0.1, most_seconds=0.2))
+    size = fidelity._Size(span_s=5, warm_up_s=1, singles=4, handover_s=0.5, sampling=Sampling(spread=0.1, seconds=0.1, most_seconds=0.2))
     metrics = fidelity._run(tmp_path, size)
     assert metrics["fidelity_failed"].value == 0
     assert metrics["fidelity_requests"].value > 10

@@ -93,6 +93,14 @@ def test_a_run_longer_than_its_copy_pays_nothing_for_it() -> None:
     assert record.cold == 1
 
 
+def test_between_two_batches_a_lane_stands_still_and_nobody_pays() -> None:
+    world = World(LS, LS, handover_ns=MS)
+    records = world.play(of_many(("f0", "f1"), [np.array([S, 2 * S]), np.array([S, 2 * S])], 10 * S))
+    assert max(record.parts["total"].most_ns for record in records) >= 22 * MS
+    assert sorted(int(record.parts["total"].curve()[0][0]) for record in records) == [11, 22], "when both are warm"
+    assert world.node.state.used_ns == 4 * 10 * MS
+
+
 def test_computing_beside_its_own_copy_takes_longer() -> None:
     cold, warm = (World(LS, run=Fixed(50 * MS), cold_slowdown=1.2).play(at(*times))[0].parts["run"] for times in ((0,), (0, 200)))
     assert cold.most_ns == 60 * MS
