@@ -64,12 +64,12 @@ class _Load:
 
 
 _LOADS = {
-    "minilm": _Load("minilm", 0.08),
+    "minilm": _Load("minilm", 0.09),
     "resnet": _Load("resnet50?size=128", 0.07),
     "vit": _Load("vit-b?image_size=112&num_hidden_layers=4", 0.07),
-    "mlp": _Load("mlp?width=2048&depth=6", 0.04, "bursty"),
-    "cnn": _Load("cnn?size=128", 0.07),
-    "vad": _Load("silero-vad", 0.03, "bursty"),
+    "mlp": _Load("mlp?width=2048&depth=6", 0.025, "bursty"),
+    "cnn": _Load("cnn?size=128", 0.08),
+    "vad": _Load("silero-vad", 0.02, "bursty"),
 }
 
 
