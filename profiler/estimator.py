@@ -25,10 +25,10 @@ import numpy.typing as npt
 from contracts.errors import InvalidArtifact, InvalidValue
 from profiler.lattice import Array, Lattice, monotone, points
 from profiler.law import Belief, Posterior, Session, condition, parts, physics
-from profiler.population import learn
+from profiler.population import Population, learn
 from profiler.probes import best_probe
 
-VERSION = 1
+VERSION = 2
 _Z90 = 1.6449
 
 
@@ -36,8 +36,8 @@ _Z90 = 1.6449
 class ModelSamples:
     """Measurements of one model on one device: equal-length arrays of configurations and latencies in ms (none at all is allowed for prediction).
 
-    The latency may be any statistic (a mean, a p99), the same for all. `features` is the graph's vector, of one length throughout a population; only
-    the boosted tree of `profiler.evaluate` reads it so far: beside eight probes or more it told the estimator nothing.
+    The latency may be any statistic (a mean, a p99), the same for all. `features` is the graph's vector, of one length throughout a population;
+    models whose graphs are alike are expected to be alike.
     """
 
     name: str
@@ -65,6 +65,15 @@ class ModelSamples:
             raise InvalidValue(f"model {self.name!r}: latencies must be finite and above 0", key="latency_ms", value=float(found[wrong][0]))
         return np.log(found)
 
+    def graph(self) -> Array | None:
+        """The features as a vector (f,); InvalidValue when one is no finite number."""
+        if self.features is None:
+            return None
+        found = np.asarray(self.features, dtype=np.float64).ravel()
+        if not np.isfinite(found).all():
+            raise InvalidValue(f"model {self.name!r}: its graph's features must be finite", key="features", value=found.tolist())
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
@@ -82,18 +91,32 @@ class Prediction:
 class ModelEstimate:
     """What is known about one model on one device, after its probes."""
 
-    def __init__(self, name: str, lattice: Lattice, posterior: Posterior, probed: Array, caution: float) -> None:
+    def __init__(self, name: str, population: Population, probes: tuple[Array, Array], features: Array | None) -> None:
         self.name = name
-        self._lattice = lattice
-        self._posterior = posterior
-        self._probed = probed
-        self._caution = caution
-        self.sd = np.sqrt(np.diag(posterior.covariance).clip(0))
+        self._population = population
+        self._lattice = population.belief.lattice
+        self._probes = probes
+        self._features = features
+
+    @cached_property
+    def _posterior(self) -> Posterior:
+        """Of a model that is like some of the population more than like others."""
+        return condition(self._population.like(*self._probes, self._features), *self._probes)
+
+    @cached_property
+    def _open(self) -> Posterior:
+        """Of a model that may be any: the wider one, so that probes are not only taken where the likeness leaves room."""
+        return condition(self._population.belief, *self._probes) if len(self._population.members) else self._posterior
+
+    @cached_property
+    def sd(self) -> Array:
+        """Standard deviations of the logarithm of the latency over the lattice."""
+        return np.asarray(np.sqrt(np.diag(self._posterior.covariance).clip(0)), dtype=np.float64)
 
     @cached_property
     def _levels(self) -> Array:
         """Middle, lower and upper end on the lattice (3, *shape), as logarithms."""
-        width = _Z90 * np.sqrt((self._caution * self.sd) ** 2 + self._posterior.noise)
+        width = _Z90 * np.sqrt((self._population.belief.caution * self.sd) ** 2 + self._posterior.noise)
         value = self._posterior.value
         middle, low, high = (monotone(line.reshape(self._lattice.shape)) for line in (value, value - width, value + width))
         return np.stack([middle, np.minimum(low, middle), np.maximum(high, middle)])
@@ -110,14 +133,14 @@ class ModelEstimate:
 
     def next_probe(self, batch: npt.ArrayLike, sm_percent: npt.ArrayLike, quota_percent: npt.ArrayLike) -> int:
         """Index of the candidate whose measurement is expected to lower the total variance over the lattice most; measured ones come last."""
-        return best_probe(self._lattice, self._posterior, points(batch, sm_percent, quota_percent), self._probed)
+        return best_probe(self._lattice, self._open, points(batch, sm_percent, quota_percent), self._probes[0])
 
 
 @dataclass(frozen=True, slots=True)
 class Estimator:
-    """A belief for each device about models that are yet unseen; a device without one is met with physics alone."""
+    """What is known of each device's models; a device without any is met with physics alone."""
 
-    beliefs: dict[str, Belief] = field(default_factory=dict)
+    beliefs: dict[str, Population] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -130,22 +153,24 @@ class Estimator:
                 raise InvalidValue(f"model {model.name!r} has no measurements on device {model.device!r}: leave it out, or measure it")
         beliefs = {}
         for device in sorted({model.device for model in samples}):
-            measured = [(model.rows(), model.log_latency()) for model in samples if model.device == device]
-            beliefs[device] = learn(Lattice.over([rows for rows, _ in measured]), measured)
+            measured = [(model.rows(), model.log_latency(), model.graph()) for model in samples if model.device == device]
+            beliefs[device] = learn(Lattice.over([rows for rows, *_ in measured]), measured)
         return cls(beliefs, _summary(samples))
 
     def condition(self, probes: ModelSamples) -> ModelEstimate:
         """What the probes (maybe none) say about a model, known or not."""
         rows, log_latency = probes.rows(), probes.log_latency()
-        belief = self.beliefs.get(probes.device) or physics(Lattice.over([]), rows, log_latency)
-        return ModelEstimate(probes.name, belief.lattice, condition(belief, rows, log_latency), rows, belief.caution)
+        population = self.beliefs.get(probes.device)
+        if population is None:
+            population = Population.without_members(physics(Lattice.over([]), rows, log_latency))
+        return ModelEstimate(probes.name, population, (rows, log_latency), probes.graph())
 
     def save(self, path: Path) -> None:
         """Writes arrays and a JSON header (npz), whole or not at all."""
         header = {"version": VERSION, "summary": self.summary, "devices": list(self.beliefs)}
         arrays: dict[str, Any] = {"header": np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)}
-        for index, belief in enumerate(self.beliefs.values()):
-            for name, value in _parts(belief):
+        for index, population in enumerate(self.beliefs.values()):
+            for name, value in _arrays(population):
                 arrays[f"{index}.{name}"] = value
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
@@ -161,7 +186,7 @@ class Estimator:
                 header = json.loads(file["header"].tobytes())
                 if header["version"] != VERSION:
                     raise InvalidArtifact(f"must be {VERSION}: fit it again with this Sluice", key=f"{path}: version", value=header["version"])
-                beliefs = {device: _belief(file, index) for index, device in enumerate(header["devices"])}
+                beliefs = {device: _population(file, index) for index, device in enumerate(header["devices"])}
                 return cls(beliefs, dict(header["summary"]))
         except FileNotFoundError:
             raise
@@ -183,15 +208,18 @@ def _summary(samples: Sequence[ModelSamples]) -> dict[str, Any]:
     return {"devices": devices, "dataset": digest.hexdigest(), "versions": versions}
 
 
-def _parts(belief: Belief) -> Iterable[tuple[str, Array]]:
+def _arrays(population: Population) -> Iterable[tuple[str, Array]]:
+    belief = population.belief
     yield from zip(("batch", "sm_percent", "quota_percent"), belief.lattice.axes, strict=True)
     yield "mean", belief.mean
     yield "covariance", belief.covariance
     yield from zip(("session_batch", "session_sm", "session_quota"), (belief.session.batch, belief.session.sm, belief.session.quota), strict=True)
     yield "spreads", np.array([belief.device_noise, belief.host_noise, belief.session.sd, belief.caution])
+    yield "members", population.members
+    yield "features", population.features
 
 
-def _belief(file: Any, index: int) -> Belief:
+def _population(file: Any, index: int) -> Population:
     def array(name: str) -> Array:
         found = np.asarray(file[f"{index}.{name}"], dtype=np.float64)
         if not np.isfinite(found).all():
@@ -207,7 +235,10 @@ def _belief(file: Any, index: int) -> Belief:
     session = Session(session_sd, square("session_batch", nb), square("session_sm", ns), square("session_quota", nq))
     unknowns = parts(lattice)[-1].stop
     mean = _shaped(array("mean"), "mean", (unknowns,))
-    return Belief(lattice, mean, square("covariance", unknowns), session, device_noise, host_noise, caution)
+    belief = Belief(lattice, mean, square("covariance", unknowns), session, device_noise, host_noise, caution)
+    members, features = array("members"), array("features")
+    _shaped(members, "members", (len(members), unknowns))
+    return Population(belief, members, _shaped(features, "features", (len(members), features.size // len(members))))
 
 
 def _shaped(found: Array, name: str, shape: tuple[int, ...]) -> Array:

@@ -24,7 +24,11 @@ _SHAPE = 0.1
 """How much of the untrained covariance counts beside what was seen; its level stays as wide as it was."""
 _HOST_PART = 0.3
 _LARGEST_RESIDUAL = 0.6
-_SESSION_PART = 0.7
+_SESSION_PART = 0.85
+_ALIKE = 2 / 3
+"""How much of a large population's spread is taken to lie between its members; the rest is about each of them."""
+_GRAPH = 2.0
+"""What a member's weight loses, in logarithms, by each mean squared standard deviation between its graph's features and the model's."""
 _PRIOR_PAIRS = 20.0
 _CALIBRATED_MODELS, _CALIBRATED_AT = 12, (8, 16)
 _COVERED, _Z90 = 0.9, 1.6449
@@ -39,21 +43,89 @@ class _Model:
     maps: tuple[Array, Array]
     mean: Array
     covariance: Array
+    features: Array | None = None
     met: bool = False
 
+    @classmethod
+    def of(cls, belief: Belief, rows: Array, log_latency: Array, features: Array | None = None) -> _Model:
+        """A model of which so far no more is known than of any."""
+        points = Points.at(belief.lattice, rows)
+        return cls(rows, log_latency - points.beyond, (points.device(), points.host()), belief.mean, belief.covariance, features)
 
-def learn(lattice: Lattice, measured: Sequence[tuple[Array, Array]]) -> Belief:
-    """The belief from (rows (n, 3), log latency (n,)) of each model."""
-    start = _with_stretch(untrained(lattice), measured)
-    models = []
-    for rows, log_latency in measured:
-        points = Points.at(lattice, rows)
-        models.append(_Model(rows, log_latency - points.beyond, (points.device(), points.host()), start.mean, start.covariance))
+
+@dataclass(frozen=True, slots=True)
+class Population:
+    """What measured models say about the next one: the belief about any, and the members' unknowns (m, u) and graphs' features (m, f; f may be 0)."""
+
+    belief: Belief
+    members: Array
+    features: Array
+
+    @classmethod
+    def without_members(cls, belief: Belief) -> Population:
+        """Where nothing was measured yet."""
+        return cls(belief, np.zeros((0, len(belief.mean))), np.zeros((0, 0)))
+
+    def like(self, rows: Array, log_latency: Array, features: Array | None = None) -> Belief:
+        """The belief about a model that was measured so: members that explain its measurements, and whose graphs are like its own, count for more.
+
+        The prior is a kernel density over the members. Kernels are drawn to the mean, so that together they spread as the population does (Liu and
+        West, 2001). How a model uses the device says little about how it launches kernels: device and host are weighed apart.
+        """
+        if not len(rows) or not len(self.members):
+            return self.belief
+        belief, points = self.belief, Points.at(self.belief.lattice, rows)
+        model = _Model.of(belief, rows, log_latency)
+        loose = replace(belief, host_noise=float(np.hypot(belief.host_noise, belief.session.sd)))
+        blend = _explain(model, loose, np.asarray(np.linalg.inv(belief.covariance), dtype=np.float64))
+        left = model.target - blend.value + blend.slope @ (model.mean - belief.mean)
+        own = belief.session.covariance(points, points) * np.outer(1 - blend.part, 1 - blend.part) + np.diag(blend.noise(belief))
+        width = 1 - _ALIKE * len(self.members) / (len(self.members) + _PRIOR_MODELS)
+        apart = np.sqrt(1 - width) * (self.members - belief.mean)
+        mean, covariance = belief.mean.copy(), width * belief.covariance
+        device, _, host = parts(belief.lattice)
+        for part in (device, host):
+            scale = np.ones(len(mean))
+            scale[part] = np.sqrt(width)
+            spread = blend.slope @ (belief.covariance * np.outer(scale, scale)) @ blend.slope.T + own
+            weights = _weights(left - apart[:, part] @ blend.slope[:, part].T, spread, self._distance(features))
+            middle = weights @ apart[:, part]
+            between = apart[:, part] - middle
+            mean[part] += middle
+            covariance[part, part] += (between.T * weights) @ between
+        return replace(belief, mean=mean, covariance=covariance)
+
+    def _distance(self, features: Array | None) -> Array:
+        """Mean squared differences (m,) of the features from the members', in the members' standard deviations; 0 where they are not known."""
+        if features is None or not self.features.size or self.features.shape[1:] != features.shape:
+            return np.zeros(len(self.members))
+        apart = (self.features - features) / np.maximum(self.features.std(axis=0), 1e-9)
+        return np.asarray(np.mean(apart**2, axis=1), dtype=np.float64)
+
+
+def learn(lattice: Lattice, measured: Sequence[tuple[Array, Array, Array | None]]) -> Population:
+    """The population from (rows (n, 3), log latency (n,), the graph's features or None) of each model."""
+    start = _with_stretch(untrained(lattice), [(rows, log_latency) for rows, log_latency, _ in measured])
+    models = [_Model.of(start, *model) for model in measured]
     belief = start
     for _ in range(_ROUNDS):
         belief = _round(belief, start, models)
     belief = _with_session(belief, models)
-    return replace(belief, caution=_caution(belief, start, models))
+    return _population(replace(belief, caution=_caution(belief, start, models)), models)
+
+
+def _population(belief: Belief, models: Sequence[_Model]) -> Population:
+    """These models; without features unless all have them, in one form."""
+    features = [model.features for model in models if model.features is not None]
+    alike = len(features) == len(models) and len({len(vector) for vector in features}) == 1
+    return Population(belief, np.stack([model.mean for model in models]), np.stack(features) if alike else np.zeros((len(models), 0)))
+
+
+def _weights(errors: Array, spread: Array, distance: Array) -> Array:
+    """Of members (m,), with sum 1: how likely a Gaussian of this covariance (n, n) makes their errors (m, n), and how near their graphs are."""
+    logs = -0.5 * np.einsum("mn,nm->m", errors, np.linalg.solve(spread, errors.T)) - _GRAPH * distance
+    found = np.exp(logs - logs.max())
+    return np.asarray(found / found.sum(), dtype=np.float64)
 
 
 def _round(belief: Belief, start: Belief, models: Sequence[_Model]) -> Belief:
@@ -178,15 +250,17 @@ def _caution(belief: Belief, start: Belief, models: Sequence[_Model]) -> float:
     errors, variances, noises = [], [], []
     for number in np.unique(np.linspace(0, len(models) - 1, _CALIBRATED_MODELS).round().astype(int)):
         model = models[number]
-        mean, covariance = _moments([other for other in models if other is not model], start)
-        without = replace(belief, mean=mean, covariance=covariance)
+        others = [other for other in models if other is not model]
+        mean, covariance = _moments(others, start)
+        without = _population(replace(belief, mean=mean, covariance=covariance), others)
         probed: list[int] = []
         weights = Points.at(belief.lattice, model.rows).lattice()
         while len(probed) < min(max(_CALIBRATED_AT), len(model.rows) // 2):
-            found = condition(without, model.rows[probed], model.target[probed])
+            found = condition(without.belief, model.rows[probed], model.target[probed])
             probed.append(best_probe(belief.lattice, found, model.rows, model.rows[probed]))
             if len(probed) in _CALIBRATED_AT:
-                found = condition(without, model.rows[probed], model.target[probed])
+                seen = model.rows[probed], model.target[probed]
+                found = condition(without.like(*seen, model.features), *seen)
                 rest = np.setdiff1d(np.arange(len(model.rows)), probed)
                 errors.append(np.abs(model.target - weights @ found.value)[rest])
                 variances.append((weights @ np.diag(found.covariance))[rest])

@@ -172,7 +172,7 @@ def flipped(path: Path) -> None:
 def other_version(path: Path) -> None:
     Estimator({}, {}).save(path)
     with np.load(path) as file:
-        header = file["header"].tobytes().replace(b'"version": 1', b'"version": 9')
+        header = file["header"].tobytes().replace(b'"version": 2', b'"version": 9')
     np.savez(path, header=np.frombuffer(header, dtype=np.uint8))
 
 
@@ -245,6 +245,22 @@ def test_nothing_to_learn_from_is_refused():
         Estimator.fit([])
     with pytest.raises(InvalidValue, match="'empty' has no measurements"):
         Estimator.fit([ModelSamples("empty", "d")])
+
+
+@pytest.mark.parametrize(("kind", "power"), [(0.0, 1.1), (1.0, 1.7)])
+def test_a_model_is_expected_to_behave_like_those_whose_graphs_are_like_its_own(kind, power):
+    def launched(launch_ms: float, power: float) -> np.ndarray:
+        batch, sm, quota = ROWS.T
+        return np.maximum(0.2 * batch * 100 / sm, launch_ms * (100 / quota) ** power)
+
+    measured = [(of_kind, of_power, launch_ms) for of_kind, of_power in ((0.0, 1.1), (1.0, 1.7)) for launch_ms in (1.0, 2.0, 3.0, 4.0)]
+    estimator = Estimator.fit(
+        [ModelSamples(f"{each}", "d", *ROWS.T, launched(each[2], each[1]), features=[each[0], each[2] / 100]) for each in measured]
+    )
+    probe = ModelSamples("new", "d", [2, 8], [100, 10], [100, 100], [2.5, 16], features=[kind, 0.025])
+    slower = estimator.condition(probe).predict(2, 100, 10).mean_ms[0] / 2.5
+    unlike = {1.1: 10**1.7, 1.7: 10**1.1}[power]
+    assert abs(np.log(slower / 10**power)) < abs(np.log(slower / unlike))
 
 
 def test_devices_are_learnt_apart():
