@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from contracts.units import S
 from nodeagent import events as ev
 from nodeagent.copies import Link
 from nodeagent.entities import Device, FunctionState, Lane
@@ -20,7 +21,7 @@ class Node:
         self.links: dict[str, Link] = {}
         self.devices: dict[str, Device] = {}
         for spec in specs:
-            link = self.links.setdefault(spec.link or spec.id, Link(settings.chunk_bytes, settings.chunks_in_flight, spec.link_bytes_per_s))
+            link = self.links.setdefault(spec.link or spec.id, _link(spec, settings))
             self.devices[spec.id] = Device(spec, link)
         self.device_list = tuple(self.devices.values())
         self.lanes: dict[int, Lane] = {}
@@ -53,3 +54,8 @@ class Node:
         """A number for a lane, a copy or a declaration of a function."""
         self._last_number += 1
         return self._last_number
+
+
+def _link(spec: DeviceSpec, settings: Settings) -> Link:
+    chunk_bytes = max(settings.chunk_bytes, spec.link_bytes_per_s * settings.chunk_ns // S)
+    return Link(chunk_bytes, settings.chunks_in_flight, spec.link_bytes_per_s)

@@ -21,10 +21,15 @@ class DeviceSpec(msgspec.Struct, frozen=True):
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """How the policies are set; the defaults are the design's."""
+    """How the policies are set; the defaults are the design's.
+
+    A chunk of a copy has `chunk_bytes`, and more on a link that would be done with it in less than `chunk_ns`: the way from the lane to the agent and
+    back must be hidden behind the chunk that is on the link meanwhile.
+    """
 
     window_ns: int = 100 * MS
     chunk_bytes: int = 8 * MIB
+    chunk_ns: int = 400_000
     chunks_in_flight: int = 2
     latency_sensitive_weight: int = 4
     skip_limit: int = 25

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from contracts.functions import Share
 from contracts.units import MIB, MS, S
 from nodeagent import events as ev
@@ -39,7 +41,7 @@ def test_a_long_wait_is_worth_a_swap() -> None:
 
 
 def test_a_swap_avoids_the_link_that_is_busy() -> None:
-    driver = Driver(devices=2, settings=Settings(chunk_bytes=MIB))
+    driver = Driver(devices=2, settings=Settings(chunk_bytes=MIB, chunk_ns=0))
     driver.declare("heavy", weight_bytes=80 * MIB, share=(50, 10))
     driver.declare("light", share=(50, 10))
     driver.lanes_up()
@@ -120,3 +122,13 @@ def test_a_duplicate_is_evicted_before_a_sole_copy() -> None:
 
 def test_weights_too_large_for_every_device_are_refused() -> None:
     assert "largest device" in (Driver().state.refusal("a", Share(), weight_bytes=200 * MIB) or "")
+
+
+@pytest.mark.parametrize(("chunk_ns", "chunk_bytes"), [(400_000, 8 * MIB), (2 * MS, 16_000_000)])
+def test_chunks_keep_a_fast_link_busy_until_more_is_granted(chunk_ns: int, chunk_bytes: int) -> None:
+    driver = Driver(settings=Settings(chunk_ns=chunk_ns))
+    driver.declare("heavy", weight_bytes=90 * MIB)
+    driver.lanes_up()
+    driver.arrive(1, "heavy")
+    ((_, granted_bytes),) = driver.copies.values()
+    assert granted_bytes == 2 * chunk_bytes, "of a link of 8 GB/s"

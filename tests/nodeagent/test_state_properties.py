@@ -23,7 +23,7 @@ class History:
 
     def __init__(self, chance: random.Random, devices: int) -> None:
         self.chance = chance
-        settings = Settings(chunk_bytes=MIB, max_lanes_per_device=4, hang_ns=2 * S)
+        settings = Settings(chunk_bytes=MIB, chunk_ns=0, max_lanes_per_device=4, hang_ns=2 * S)
         self.driver = Driver(devices, 64 * MIB, settings, exclusive=chance.random() < 0.2)
         self.names: list[str] = []
         self.requests = 0
