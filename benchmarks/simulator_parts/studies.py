@@ -27,6 +27,8 @@ _POLICIES = ("sluice", "torpor", "lalb-o3", "load-balancing", "keep-alive", "fas
 _SWAPPING = ("sluice", "torpor")
 _QUICK = {"span_s": 60.0, "warm_up_s": 10.0}
 _NODES, _WANTED = 6, 1000
+_PRESSED_S = 120.0
+"""Shorter than the rest: every swap is hundreds of events."""
 _SCOUTED_S = 30.0
 _HOPELESS = 0.1
 """The part of late requests in a short run beyond which a whole one is not worth its time."""
@@ -147,7 +149,8 @@ def _pressure(quick: bool) -> dict[str, Metric]:
         return {}
     scenario = _scenario(quick)
     scarce = msgspec.structs.replace(scenario.devices, memory="8Gi", link_gb_per_s=25.0, per_link=1)
-    return _compared(msgspec.structs.replace(scenario, devices=scarce), "on_4_small_devices", (*_SWAPPING, "lalb-o3", "keep-alive"), quick)
+    shorter = msgspec.structs.replace(scenario, devices=scarce, span_s=_PRESSED_S)
+    return _compared(shorter, "on_4_small_devices", (*_SWAPPING, "lalb-o3", "keep-alive"), quick)
 
 
 def _compared(scenario: Scenario, where: str, policies: Sequence[str], quick: bool) -> dict[str, Metric]:
