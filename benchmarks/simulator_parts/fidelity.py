@@ -187,7 +187,7 @@ def _seen(key: str, replies: Sequence[Reply | None]) -> RealFunction:
 def _singles(node: Node, requests: Mapping[str, Request], points: Points, times: int) -> dict[str, list[Reply]]:
     """Single requests, each sent when the one before must have been answered.
 
-    Two functions take turns (a b a b), then another two: so each is often cold, then surely warm, and never finds the caches as it left them.
+    Two functions take turns (a b a b), then another two: so each is often cold, then mostly warm, and never finds the caches as it left them.
     """
     patience_s = {
         point.function.partition("/")[2]: 1.5 * (point.gpu_ms + point.swap_ms) / 1e3 + _THINK_S for point in points.points if point.batch == 1
@@ -225,7 +225,7 @@ class _Calibration:
     def of(cls, points: Points, singles: Mapping[str, Sequence[Reply]], handover_ms: float) -> _Calibration:
         """From replies to single requests."""
         profiled = _profiled(points)
-        run_ms = {name: _usual([reply.run_ms for reply in replies if not reply.cold]) for name, replies in singles.items()}
+        run_ms = {name: _usual(_warm_ms(replies)) for name, replies in singles.items()}
         cold = [(name, reply) for name, replies in singles.items() for reply in replies if reply.cold]
         slower = [reply.run_ms / run_ms[name] for name, reply in cold]
         # Where the copy was longer than the run; else nothing of the tail can be seen.
@@ -243,6 +243,11 @@ class _Calibration:
 def _profiled(points: Points) -> dict[str, Point]:
     """By name, the point of one row."""
     return {point.function.partition("/")[2]: point for point in points.points if point.batch == 1}
+
+
+def _warm_ms(replies: Sequence[Reply]) -> list[float]:
+    """GPU times of warm runs; of all in a run so short that none was warm."""
+    return [reply.run_ms for reply in replies if not reply.cold] or [reply.run_ms for reply in replies]
 
 
 def _around_ms(reply: Reply) -> float:
@@ -290,11 +295,7 @@ def _world(folder: Path, size: _Size, points: Points, known: _Calibration, per_m
 
 def _drift(before: Mapping[str, Sequence[Reply]], after: Mapping[str, Sequence[Reply]]) -> float:
     """How much slower single runs were after the load than before it."""
-
-    def usual_ms(replies: Sequence[Reply]) -> float:
-        return statistics.median(reply.run_ms for reply in replies if not reply.cold)
-
-    return statistics.median(usual_ms(after[name]) / usual_ms(before[name]) for name in before) - 1
+    return statistics.median(statistics.median(_warm_ms(after[name])) / statistics.median(_warm_ms(before[name])) for name in before) - 1
 
 
 def _metrics(lines: Sequence[Line], real: Real, known: _Calibration) -> dict[str, Metric]:

@@ -73,6 +73,7 @@ def test_without_cold_requests_nothing_is_slower_for_being_cold() -> None:
     points = Points(Header({"cpu:0": facts}, {}), (point("small", 5.0, 1_000),))
     found = fidelity._Calibration.of(points, {"small": [single(5.0, 1.0)] * 3}, 0.0)
     assert (found.cold, found.scale["small"]) == (1.0, pytest.approx(1.0))
+    assert fidelity._Calibration.of(points, {"small": [single(5.0, 1.0, swap_ms=1.0)]}, 0.0).run_ms == {"small": 5.0}, "none was warm"
 
 
 def test_an_open_loop_load_on_a_real_node() -> None:
