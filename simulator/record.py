@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
-from math import log
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import numpy.typing as npt
 
 from contracts.units import MS
 
 _WIDTH = math.log(1.01)
+_RECENT = 1024
 PARTS = ("total", "queue", "swap", "run")
 
 
@@ -25,17 +28,16 @@ class Histogram:
         self._buckets: dict[int, int] = {}
         self._zeros = self.sum_ns = self.most_ns = 0
 
-    def add(self, time_ns: int) -> None:
-        """Counts a time, 0 included."""
-        if time_ns <= 0:
-            self._zeros += 1
-            return
-        buckets = self._buckets
-        bucket = int(log(time_ns) / _WIDTH)
-        buckets[bucket] = buckets.get(bucket, 0) + 1
-        self.sum_ns += time_ns
-        if time_ns > self.most_ns:
-            self.most_ns = time_ns
+    def add(self, times_ns: npt.NDArray[np.int64]) -> None:
+        """Counts times, 0 included."""
+        some_ns = times_ns[times_ns > 0]
+        self._zeros += len(times_ns) - len(some_ns)
+        if len(some_ns):
+            found, counts = np.unique((np.log(some_ns) / _WIDTH).astype(np.int64), return_counts=True)
+            for bucket, count in zip(found.tolist(), counts.tolist(), strict=True):
+                self._buckets[bucket] = self._buckets.get(bucket, 0) + count
+            self.sum_ns += int(some_ns.sum())
+            self.most_ns = max(self.most_ns, int(some_ns.max()))
 
     @property
     def count(self) -> int:
@@ -78,9 +80,12 @@ class Histogram:
 
 
 class Record:
-    """One function. `late` requests were answered after the objective; a request that got no answer is late too."""
+    """One function. `late` requests were answered after the objective; a request that got no answer is late too.
 
-    __slots__ = ("_histograms", "answered", "cold", "late", "objective_ns", "parts", "rejected")
+    The newest times are kept as they are, and counted some hundred at a time.
+    """
+
+    __slots__ = ("_histograms", "_recent", "answered", "cold", "late", "objective_ns", "rejected")
 
     def __init__(self, objective_ns: int) -> None:
         self.objective_ns = objective_ns
@@ -88,8 +93,8 @@ class Record:
 
     def clear(self) -> None:
         """Begins anew."""
-        self.parts = {part: Histogram() for part in PARTS}
-        self._histograms = tuple(self.parts.values())
+        self._histograms = {part: Histogram() for part in PARTS}
+        self._recent: list[int] = []
         self.answered = self.cold = self.late = 0
         self.rejected: Counter[str] = Counter()
 
@@ -100,17 +105,22 @@ class Record:
             self.cold += 1
         if total_ns > self.objective_ns:
             self.late += 1
-        total, queue, swap, run = self._histograms
-        total.add(total_ns)
-        queue.add(queue_ns)
-        swap.add(swap_ns)
-        run.add(run_ns)
+        recent = self._recent
+        recent += (total_ns, queue_ns, swap_ns, run_ns)
+        if len(recent) >= _RECENT:
+            self._count()
 
     def reject(self, reason: str, requests: int = 1) -> None:
         """So many requests got no answer."""
         if requests:
             self.rejected[reason] += requests
             self.late += requests
+
+    @property
+    def parts(self) -> Mapping[str, Histogram]:
+        """The times of each of PARTS."""
+        self._count()
+        return self._histograms
 
     @property
     def requests(self) -> int:
@@ -120,6 +130,12 @@ class Record:
     def within_slo(self, percentile: float) -> bool:
         """Whether so many percent of the requests were answered in time; a function without requests misses nothing."""
         return self.late <= self.requests * (100 - percentile) / 100
+
+    def _count(self) -> None:
+        columns = np.array(self._recent, np.int64).reshape(-1, len(PARTS)).T
+        for histogram, times_ns in zip(self._histograms.values(), columns, strict=True):
+            histogram.add(times_ns)
+        self._recent.clear()
 
 
 def together(records: Iterable[Record]) -> dict[str, Histogram]:
