@@ -19,12 +19,12 @@ from benchmarks.result import Metric
 from contracts.functions import Function, ModelFormat, ModelRef, Share, Slo
 from contracts.units import MS
 from models.samples import sample_inputs
-from profiler.dataset import population
 from profiler.estimator import Estimator, ModelEstimate
 from profiler.measure import Sampling
 from profiler.need import Need, Objective, need
 from profiler.planner import planners
 from profiler.points import Point, read
+from profiler.profiles import Profile, profile
 from profiler.session import NodeOptions, started
 from profiler.sweep import Plan, sweep
 
@@ -61,30 +61,30 @@ def measure(quick: bool) -> dict[str, Metric]:
     functions = [Function(name, ModelRef(ModelFormat.CATALOG, source), max_batch=_MAX_BATCH) for name, source in _MODELS.items()]
     functions = functions[:1] if quick else functions
     with tempfile.TemporaryDirectory(prefix="sluice-") as folder:
-        points, estimates, predictions = _sweeps(functions, Path(folder), probes_s=12 if quick else 40, most_seconds=1 if quick else 2.5)
-    live = _live(functions[0], estimates[_LIVE], points, seconds=10 if quick else 60)
+        points, found, predictions = _sweeps(functions, Path(folder), probes_s=12 if quick else 40, most_seconds=1 if quick else 2.5)
+    live = _live(functions[0], found[_LIVE], seconds=10 if quick else 60)
     return _metrics(predictions, points, live)
 
 
 def _sweeps(
     functions: Sequence[Function], folder: Path, probes_s: float, most_seconds: float
-) -> tuple[tuple[Point, ...], Mapping[str, ModelEstimate], Mapping[str, Prediction]]:
+) -> tuple[tuple[Point, ...], Mapping[str, Profile], Mapping[str, Prediction]]:
     """Probes each model where it is least certain, and at once measures its held-out shares; all points, and what the probes say of each model."""
     sampling = Sampling(spread=0.01, seconds=0.5, most_seconds=most_seconds)
     probes = Plan((1, 2, _MAX_BATCH), (20, 30, 50, 70, 100), (20, 30, 50, 70, 100), 0.02, probes_s, True, _SEED, sampling)
     held_out = Plan((1, _MAX_BATCH), (40, 85), (40, 85), None, None, True, _SEED, sampling)
     points: list[Point] = []
-    estimates, predictions = {}, {}
+    profiles, predictions = {}, {}
     with started(NodeOptions()) as session:
         for function in functions:
             probed, unseen = (folder / f"{function.name}-{name}.parquet" for name in ("probes", "held-out"))
             for path, plan in ((probed, probes), (unseen, held_out)):
                 sweep([function], path, planners(Estimator()), plan, session)
-            (samples,), tested = population(read(probed)), read(unseen).points
-            estimates[function.name] = estimate = Estimator().condition(samples)
-            predictions[function.name] = _predict(estimate, tested, len(samples.rows()))
-            points += [*read(probed).points, *tested]
-    return tuple(points), estimates, predictions
+            known, tested = profile(read(probed), Estimator(), function.key), read(unseen).points
+            profiles[function.name] = known
+            predictions[function.name] = _predict(known.estimate, tested, len(known.points))
+            points += [*known.points, *tested]
+    return tuple(points), profiles, predictions
 
 
 def _predict(estimate: ModelEstimate, unseen: Sequence[Point], probes: int) -> Prediction:
@@ -94,12 +94,11 @@ def _predict(estimate: ModelEstimate, unseen: Sequence[Point], probes: int) -> P
     return Prediction(tuple(np.abs(found.mean_ms / measured - 1).tolist()), inside, probes)
 
 
-def _live(function: Function, estimate: ModelEstimate, points: Sequence[Point], seconds: float) -> Live:
+def _live(function: Function, known: Profile, seconds: float) -> Live:
     """Asks for the smallest share for an SLO of some runs at a fraction of the whole device's rate, and serves with it."""
-    run_ms = float(estimate.predict([1], [100], [100]).mean_ms[0])
+    run_ms = float(known.estimate.predict([1], [100], [100]).mean_ms[0])
     objective = Objective(_SLO_RUNS * run_ms, _RATE * 1e3 / run_ms, _PERCENTILE)
-    tail = statistics.median(point.service_p99_ms / point.service_mean_ms for point in points if point.function == function.key)
-    needed = need(estimate, objective, _MAX_BATCH, tail)
+    needed = need(known.estimate, objective, _MAX_BATCH, known.tail)
     option = needed.option
     served = msgspec.structs.replace(
         function,
