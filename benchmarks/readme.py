@@ -61,6 +61,18 @@ _ROWS: Mapping[str, Mapping[str, str]] = {
         "unseen_models_estimator_16_non_monotone": "predictions that are slower with a larger share",
         "fit_s": "fitting all of the V100 data",
         "predict_800_ms": "800 configurations of a model",
+        "cpu_held_out_mape": "CPU device, three real models, shares that were not probed: mean absolute error",
+        "cpu_held_out_coverage": "measurements of those inside the 90 % interval",
+        "live_p99_over_slo": "p99 of 60 s of live load at the share that `need` recommends, over the objective",
+        "live_kept": "requests of that load in time",
+    },
+    "simulator": {
+        "requests_per_s": "simulated requests a second, one core, 1,000 functions on 24 GPUs",
+        "cost_exponent": "exponent of the cost of a world, 100 to 10,000 functions (n log n would be 1.15)",
+        "memory_mb": "memory for 800,000 requests",
+        "fidelity_p50_error": "simulated against a real run of six functions on the CPU device: p50",
+        "fidelity_p99_error": "the same, p99",
+        "fidelity_gpu_seconds_error": "the same, GPU seconds",
     },
 }
 
