@@ -12,7 +12,7 @@ import time
 import psutil
 
 from contracts.errors import Refused
-from contracts.wire import NodeStatus
+from contracts.status import NodeStatus
 from profiler.session import NAMESPACE, Session
 
 QUIET_CORES = 0.25

@@ -28,18 +28,17 @@ from contracts.artifact import Signature, WeightIndex
 from contracts.channel import Channel, connect
 from contracts.errors import SluiceError, Unavailable, from_wire
 from contracts.functions import Function, Share
+from contracts.status import FunctionStatus, NodeStatus
 from contracts.units import GIB, S
 from contracts.wire import (
     PROTOCOL_VERSION,
     Answer,
     Declare,
     Failed,
-    FunctionStatus,
     GetStatus,
     Grant,
     Hello,
     Message,
-    NodeStatus,
     Part,
     Remove,
     Reply,

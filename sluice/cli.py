@@ -13,7 +13,8 @@ from rich.console import Console
 
 from contracts.errors import NotFound
 from contracts.functions import Share
-from contracts.wire import FunctionStatus, NodeStatus, SetShare
+from contracts.status import FunctionStatus, NodeStatus
+from contracts.wire import SetShare
 from nodeagent.shell.backends import SM_BACKENDS
 from sluice import control, doctor, mig, options, plan_options, profile, simulate, status
 from sluice.documents import read_functions

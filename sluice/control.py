@@ -14,20 +14,8 @@ from pathlib import Path
 from contracts.channel import AsyncChannel, Channel, connect
 from contracts.errors import Unavailable, from_wire
 from contracts.functions import Function, Share
-from contracts.wire import (
-    Control,
-    Declare,
-    FromControl,
-    FunctionChanged,
-    GetStatus,
-    Grant,
-    Message,
-    NodeStatus,
-    Remove,
-    Reply,
-    SetShare,
-    Watch,
-)
+from contracts.status import NodeStatus
+from contracts.wire import Control, Declare, FromControl, FunctionChanged, GetStatus, Grant, Message, Remove, Reply, SetShare, Watch
 
 SOCKET_NAME = "control.sock"
 

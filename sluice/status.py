@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from contracts.functions import FunctionClass, Share
+from contracts.status import DeviceStatus, FunctionStatus, NodeStatus
 from contracts.units import S, format_bytes
-from contracts.wire import DeviceStatus, FunctionStatus, NodeStatus
 
 _STATE_STYLE = {"ready": "green", "loading": "yellow", "failed": "bold red"}
 _REFRESH_S = 1.0

@@ -20,8 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from contracts.errors import SluiceError
 from contracts.functions import Function
+from contracts.status import NodeStatus
 from contracts.units import format_bytes
-from contracts.wire import NodeStatus
 from nodeagent.shell.hoststore import store_folder
 from sluice import examples, status
 from sluice.demo import run as demo_run

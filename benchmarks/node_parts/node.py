@@ -17,8 +17,9 @@ from pathlib import Path
 
 from contracts.errors import SluiceError, Unavailable
 from contracts.functions import Function, ModelFormat, ModelRef
+from contracts.status import FunctionStatus, NodeStatus
 from contracts.units import GIB, MIB, S
-from contracts.wire import Answer, FunctionInfo, FunctionStatus, NodeStatus
+from contracts.wire import Answer, FunctionInfo
 from nodeagent.shell.hoststore import store_folder
 from predictor.agent_client import AgentClient, Batch
 from predictor.segment import Array

@@ -14,8 +14,9 @@ from collections.abc import Callable, Coroutine, Mapping
 
 from contracts.errors import ExecutionError, Refused, SluiceError, Unavailable, from_wire, to_wire
 from contracts.functions import Share
+from contracts.status import NodeStatus
 from contracts.units import S
-from contracts.wire import Answer, BatchDone, BatchPaused, CopyProgress, Failed, NodeStatus
+from contracts.wire import Answer, BatchDone, BatchPaused, CopyProgress, Failed
 from nodeagent import events
 from nodeagent.settings import Settings
 from nodeagent.shell import metrics

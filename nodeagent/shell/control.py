@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 from contracts.channel import AsyncChannel
 from contracts.errors import SluiceError, to_wire
-from contracts.wire import Control, Declare, FunctionChanged, GetStatus, Grant, Message, NodeStatus, Remove, Reply, SetShare, Watch
+from contracts.status import NodeStatus
+from contracts.wire import Control, Declare, FunctionChanged, GetStatus, Grant, Message, Remove, Reply, SetShare, Watch
 from nodeagent.shell.functions import Entry, Functions
 from nodeagent.shell.listener import credentials
 from nodeagent.shell.peers import Peers

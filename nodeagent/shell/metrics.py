@@ -13,8 +13,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from contracts import metrics as names
+from contracts.status import DeviceStatus, FunctionStatus, NodeStatus
 from contracts.units import S
-from contracts.wire import DeviceStatus, FunctionStatus, NodeStatus
 from nodeagent.shell.gpu_metrics import GpuCollector
 
 _SCRAPE_S = 5.0

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import deque
 
 from contracts.errors import Refused, SluiceError
+from contracts.status import LatencyStatus
 from contracts.units import S, ms
-from contracts.wire import LatencyStatus
 
 _LATENCY_WINDOW_NS = 60 * S
 _RATE_WINDOW_NS = 10 * S

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Mapping
 
-from contracts.wire import DeviceStatus, FunctionStatus, LaneStatus, NodeStatus
+from contracts.status import DeviceStatus, FunctionStatus, LaneStatus, NodeStatus
 from nodeagent.entities import Device
 from nodeagent.shell.functions import Entry, Functions
 from nodeagent.shell.hoststore import HostStore

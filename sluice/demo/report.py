@@ -10,8 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from contracts.status import FunctionStatus, NodeStatus
 from contracts.units import MS, S
-from contracts.wire import FunctionStatus, NodeStatus
 from sluice.demo.load import Target
 
 

@@ -22,18 +22,17 @@ import psutil
 from contracts.channel import Channel, connect
 from contracts.errors import from_wire
 from contracts.functions import Function, FunctionClass, ModelFormat, ModelRef, Share
+from contracts.status import FunctionStatus, NodeStatus
 from contracts.units import MIB, S
 from contracts.wire import (
     PROTOCOL_VERSION,
     Answer,
     Declare,
     Failed,
-    FunctionStatus,
     GetStatus,
     Grant,
     Hello,
     Message,
-    NodeStatus,
     Part,
     Remove,
     Reply,

@@ -11,7 +11,7 @@ import pytest
 
 from contracts.errors import Refused
 from contracts.functions import FunctionClass, Share
-from contracts.wire import FunctionStatus, LatencyStatus, NodeStatus
+from contracts.status import FunctionStatus, LatencyStatus, NodeStatus
 from profiler import quiet
 from profiler.quiet import Watch
 from profiler.session import NAMESPACE

@@ -16,7 +16,8 @@ import pytest
 from contracts.artifact import Gate, Program, Signature, WeightIndex
 from contracts.errors import InvalidFunction, InvalidValue, Refused, Unavailable
 from contracts.functions import Function, FunctionClass, ModelFormat, ModelRef, Share
-from contracts.wire import Answer, DeviceStatus, FunctionStatus, LatencyStatus, NodeStatus
+from contracts.status import DeviceStatus, FunctionStatus, LatencyStatus, NodeStatus
+from contracts.wire import Answer
 from models.describe import describe
 from profiler.dataset import samples_of
 from profiler.device import DeviceFacts

@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from contracts.functions import FunctionClass, Share
+from contracts.status import DeviceStatus, FunctionStatus, LaneStatus, LatencyStatus, NodeStatus
 from contracts.units import S
-from contracts.wire import DeviceStatus, FunctionStatus, LaneStatus, LatencyStatus, NodeStatus
 from sluice import doctor, status
 from sluice.cli import main
 

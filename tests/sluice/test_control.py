@@ -12,7 +12,8 @@ import pytest
 from contracts.channel import Channel
 from contracts.errors import InvalidArtifact, NotFound, Refused, Unavailable
 from contracts.functions import Function, ModelFormat, ModelRef, Share
-from contracts.wire import Control, Declare, FunctionChanged, FunctionInfo, GetStatus, Grant, NodeStatus, Remove, Reply, SetShare, Watch
+from contracts.status import NodeStatus
+from contracts.wire import Control, Declare, FunctionChanged, FunctionInfo, GetStatus, Grant, Remove, Reply, SetShare, Watch
 from sluice import control
 
 FUNCTION = Function(name="a", model=ModelRef(ModelFormat.CATALOG, "mlp"))

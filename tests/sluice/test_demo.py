@@ -9,8 +9,8 @@ import pytest
 from aiohttp import web
 
 from contracts.functions import Function, ModelFormat, ModelRef, Share, Slo
+from contracts.status import NodeStatus
 from contracts.units import MS
-from contracts.wire import NodeStatus
 from sluice.demo import report
 from sluice.demo.load import Answer, Load, Reply, Target, decode_answer, rate_for, request_body, session
 from sluice.demo.run import batches_of

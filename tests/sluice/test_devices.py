@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from contracts.errors import InvalidValue, Unavailable
-from contracts.wire import DeviceStatus, NodeStatus
+from contracts.status import DeviceStatus, NodeStatus
 from nodeagent.shell.options import Options, parse
 from sluice import status
 from sluice.cli import main
