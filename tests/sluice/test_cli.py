@@ -153,7 +153,7 @@ class TestDoctor:
 
     def test_it_leaves_nothing_open(self, tmp_path: Path) -> None:
         before = os.listdir("/proc/self/fd")
-        for check in (doctor._descriptors, lambda: doctor._sockets(tmp_path), lambda: doctor._run_dir(tmp_path), doctor._gpus):
+        for check in (doctor._descriptors, lambda: doctor._sockets(tmp_path), lambda: doctor._run_dir(tmp_path), doctor._devices):
             check()
         assert os.listdir("/proc/self/fd") == before
         assert list(tmp_path.iterdir()) == []
