@@ -73,6 +73,18 @@ _ROWS: Mapping[str, Mapping[str, str]] = {
         "fidelity_p50_error": "simulated against a real run of six functions on the CPU device: p50",
         "fidelity_p99_error": "the same, p99",
         "fidelity_gpu_seconds_error": "the same, GPU seconds",
+        "functions_on_4_devices_98_percent_sluice": "functions on 4 GPUs of 32 GiB, 98 % of them within their objectives: Sluice",
+        "functions_on_4_devices_98_percent_torpor": "the same, Torpor with NVLink",
+        "functions_on_4_devices_98_percent_keep_alive": "the same, keeping whole models alive",
+        "functions_on_4_devices_98_percent_has_gpu": "the same, HAS-GPU",
+        "functions_on_4_devices_98_percent_fast_gshare": "the same, FaST-GShare",
+        "functions_on_4_devices_98_percent_dedicated": "the same, a GPU for each",
+        "functions_on_4_small_devices_98_percent_sluice": "functions on 4 GPUs of 8 GiB, several times their memory: Sluice",
+        "functions_on_4_small_devices_98_percent_torpor": "the same, Torpor",
+        "functions_kept_of_1000_on_6_nodes_sluice": "of 1,000 functions on 6 nodes of four 32 GiB GPUs, within their objectives: Sluice",
+        "functions_kept_of_1000_on_6_nodes_torpor": "the same, Torpor",
+        "lalb_slow_loads_above_times_faster": "loads of 2.4 to 4 s, just above saturation: mean latency of load balancing over LALB with overtaking",
+        "lalb_fast_swaps_above_times_faster": "the same with swaps of 5 to 30 ms",
     },
 }
 
