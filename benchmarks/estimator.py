@@ -25,8 +25,10 @@ _TURNS = 21
 def run(quick: bool) -> Result:
     """Measures all of it; `quick` takes every fifth model. Without the V100 data (SLUICE_DATA names its folder) the CPU device's figures alone."""
     data = Path(os.environ.get("SLUICE_DATA", Path(__file__).parents[2] / "shared" / "data")) / "v100-latency"
-    metrics = _v100(read(data)[:: _QUICK_MODELS if quick else 1], (4, 16) if quick else None) if data.is_dir() else {}
-    return Result(metrics | cpu.measure(quick), seeds=(SEED,))
+    metrics = cpu.measure(quick)
+    if data.is_dir():
+        metrics |= _v100(read(data)[:: _QUICK_MODELS if quick else 1], (4, 16) if quick else None)
+    return Result(metrics, seeds=(SEED,))
 
 
 def _v100(samples: Sequence[ModelSamples], probes: Sequence[int] | None) -> dict[str, Metric]:

@@ -29,6 +29,11 @@ def client(daemon: MpsDaemon, **environment: str) -> subprocess.Popen[str]:
     )
 
 
+def children() -> set[psutil.Process]:
+    """All processes that this one has started, and theirs."""
+    return set(psutil.Process().children(recursive=True))
+
+
 def said(process: subprocess.Popen[str]) -> str:
     """Its first line."""
     assert process.stdout is not None
@@ -40,8 +45,9 @@ async def test_a_daemon_serves_clients_of_its_folder_and_leaves_nothing(folder: 
     monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/tmp/somebody-else-s")
     monkeypatch.setenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "10")
     daemon = MpsDaemon(CONTROL, folder, "GPU-1")
+    others = children()
     await daemon.start()
-    family = psutil.Process().children(recursive=True)
+    family = children() - others
     with client(daemon, CUDA_MPS_ACTIVE_THREAD_PERCENTAGE="50") as first:
         assert said(first) == "66"
         assert await daemon.clients() == {first.pid}
@@ -67,8 +73,9 @@ async def test_the_longest_of_its_names_is_what_the_run_dir_leaves_room_for(fold
 @pytest.mark.parametrize("victim", ["--server", "-f"], ids=["server", "daemon"])
 async def test_the_death_of_daemon_or_server_is_noticed(victim: str, folder: Path) -> None:
     daemon = MpsDaemon(CONTROL, folder, "GPU-1")
+    others = children()
     await daemon.start()
-    family = psutil.Process().children(recursive=True)
+    family = children() - others
     next(process for process in family if process.cmdline()[-1] == victim and "tether" not in " ".join(process.cmdline())).kill()
     await asyncio.wait_for(daemon.died.wait(), 60)
     await daemon.stop()
@@ -78,8 +85,9 @@ async def test_the_death_of_daemon_or_server_is_noticed(victim: str, folder: Pat
 @pytest.mark.asyncio
 async def test_a_fault_is_found_by_asking_and_a_daemon_that_has_gone_counts_as_one(folder: Path) -> None:
     daemon = MpsDaemon(CONTROL, folder, "GPU-1")
+    others = children()
     await daemon.start()
-    server = next(process for process in psutil.Process().children(recursive=True) if process.cmdline()[-1] == "--server")
+    server = next(process for process in children() - others if process.cmdline()[-1] == "--server")
     with client(daemon) as lost:
         assert said(lost) == "132"
         server.send_signal(signal.SIGUSR1)

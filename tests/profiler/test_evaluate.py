@@ -60,7 +60,7 @@ def test_a_test_models_own_rows_change_nothing_but_its_probes(population):
     _, before, rest = next(iter(evaluate.probe(estimator, seen, (4,))))
     hidden = {tuple(row) for row in rest.rows().tolist()}
     spoilt = np.where([tuple(row) in hidden for row in seen.rows().tolist()], 12345.0, np.exp(seen.log_latency()))
-    _, after, _ = next(iter(evaluate.probe(estimator, ModelSamples("m0", "d", *ROWS.T, spoilt), (4,))))
+    _, after, _ = next(iter(evaluate.probe(estimator, ModelSamples("m0", "d", *ROWS.T, spoilt, seen.features), (4,))))
     np.testing.assert_array_equal(before.predict(*ROWS.T).mean_ms, after.predict(*ROWS.T).mean_ms)
 
 
