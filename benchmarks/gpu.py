@@ -22,13 +22,14 @@ from benchmarks.gpu_parts import caps, churn, swap
 from benchmarks.node_parts import latency, preemption, shares
 from benchmarks.node_parts.node import catalogued, running
 from benchmarks.result import Metric, Result
+from contracts.artifact import ALIGNMENT
 from contracts.functions import Function, FunctionClass, Share
 from contracts.units import GIB, MIB, MS
+from models import catalogue, networks
 from nodeagent.shell.nvml import Nvml
 
 _SEED = 7
 _MODELS = {name: f"{name}?seed=1" for name in ("resnet50", "resnet152", "bert-base", "bert-large", "vit-l", "gpt2-xl")}
-_BYTES = {"gpt2-xl": 6300 * MIB, "bert-large": 1400 * MIB, "cnn": 8 * MIB}
 _LONG = "mlp?width=4096&depth=16"
 _CHURNED = ("resnet50?seed={}", "bert-base?num_hidden_layers=4&seed={}", "cnn?seed={}", "mlp?seed={}")
 _PERCENTS = (10, 25, 50, 75, 100)
@@ -84,7 +85,7 @@ async def measure(size: Size) -> dict[str, Metric]:
         except Exception:
             traceback.print_exc()
             failed = 1
-        metrics[f"{name}_failed"] = Metric(failed, "parts", 0)
+        metrics[f"part_{name}_failed"] = Metric(failed, "parts", 0)
     return metrics
 
 
@@ -101,7 +102,7 @@ _BARE = ("warm_ms", "graph_ms", "to_device_ms", "pinned_ms", "host_waits_ms")
 
 
 async def _swap(size: Size, bare: Bare) -> dict[str, Metric]:
-    largest = _BYTES[size.largest]
+    largest = _weight_bytes(size.models[size.largest])
     sources = dict(size.models) | {"table": swap.table(min(512 * MIB, largest // 2))}
     async with running(largest, (size.device,), host_memory=16 * GIB) as node:
         found = await swap.measure(node, sources, size.largest, size.turns)
@@ -146,12 +147,9 @@ async def _caps(size: Size, _: object) -> dict[str, Metric]:
 async def _quota(size: Size, _: object) -> dict[str, Metric]:
     async with running(size.device_bytes, (size.device,)) as node:
         found = await shares.compete(node, {"thirty": (30.0, 30.0), "sixty": (60.0, 60.0)}, 20 * MS, size.share_s, size.long)
-        busy_ns = (await node.status()).devices[0].busy_ns
-        used_ns = sum(line.gpu_ns for line in (await node.status()).functions)
     return {
         "quota_error_points": Metric(max(abs(found.percent["thirty"] - 30), abs(found.percent["sixty"] - 60)), "points", 1),
         "quota_lost": Metric(found.lost, "requests", 0),
-        "gpu_seconds_off_busy_percent": Metric(100 * abs(used_ns / busy_ns - 1) if used_ns else 0.0, "%", 2),
     }
 
 
@@ -186,6 +184,12 @@ async def _churn(size: Size, _: object) -> dict[str, Metric]:
         "churn_failed": Metric(found.failed, "requests", 0),
         "churn_growth_mib": Metric((found.bytes_late - found.bytes_early) / MIB, "MiB", 32),
     }
+
+
+def _weight_bytes(source: str) -> int:
+    """A device of this size holds the model and nothing beside it."""
+    module = networks.construct(catalogue.parse(source).config)
+    return sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _used_bytes(device: str) -> int:
