@@ -25,7 +25,9 @@ from models import store as files
 from models.layout import Layout, record
 from models.load import Loaded
 from models.script import ScriptProgram
+from models.threads import THREADS, at_once
 
+_PIECE_BYTES = 8 << 20
 _layouts: dict[str, Layout] = {}
 
 
@@ -97,17 +99,18 @@ def _is_whole(store: Path, digest: str) -> bool:
 def _write_weights(weights: Mapping[str, Tensor], index: WeightIndex, store: Path, made: list[Path]) -> tuple[Path, str]:
     """A temporary file with the weights in their places, and the digest."""
     temporary = _temporary(store, made)
-    hasher = blake3()
-    with open(temporary, "r+b", buffering=0) as file:
+    hasher = blake3(max_threads=THREADS)
+    with open(temporary, "r+b", buffering=0) as file, at_once() as start:
         os.posix_fallocate(file.fileno(), 0, index.total_bytes)
         end = 0
         for entry in index.tensors:
             content = memoryview(weights[entry.name].contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
             if len(content) != entry.nbytes:
                 raise InvalidArtifact("has another size than in the run that was recorded", key=entry.name, value=len(content))
+            for begin in range(0, len(content), _PIECE_BYTES):
+                start(_write_all, file.fileno(), content[begin : begin + _PIECE_BYTES], entry.offset + begin)
             hasher.update(bytes(entry.offset - end))
             hasher.update(content)
-            _write_all(file.fileno(), content, entry.offset)
             end = entry.offset + entry.nbytes
         hasher.update(bytes(index.total_bytes - end))
     return temporary, hasher.update(files.identity(index)).hexdigest()
