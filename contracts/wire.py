@@ -11,8 +11,9 @@ Who talks to whom:
     agent -> slab holder Hold
     slab holder -> agent SlabReady                                        CUDA devices only; the CPU device's slab is a memfd of the agent
     agent -> fork server Spawn (+ the lane's two sockets, the slab, the lane page)
-    agent -> lane        run channel: MapSegment (+ fd), UnmapSegment, Run, Resume;   copy channel: Attach (+ weights), Detach, Copy, CopyGrant
-    lane -> agent        run channel: LaneReady, BatchDone, BatchPaused;              copy channel: Attached, CopyProgress
+    agent -> lane        run channel: MapSegment (+ fd), UnmapSegment, Run, Resume;
+                         copy channel: Attach (+ weights), Detach, MapPeer (+ a slab), UnmapPeer, Copy, CopyGrant
+    lane -> agent        run channel: LaneReady, BatchDone, BatchPaused;              copy channel: Attached, PeerMapped, CopyProgress
 Times are CLOCK_MONOTONIC nanoseconds, which all processes of a node share.
 """
 
@@ -192,12 +193,14 @@ class Hold(Message, frozen=True):
     """Allocate the slab of a CUDA device, the only one that the holder's environment shows, and keep it until the channel ends.
 
     `nbytes` 0 means all that is free but `reserve_bytes`, which lanes need for contexts and activations. `cpus` (empty: any) are near the device.
+    `seal` is not 0 when lanes of other devices are to read the slab: a pattern made of it lies behind the slab, by which they prove that they can.
     """
 
     device: str
     nbytes: int
     reserve_bytes: int
     cpus: tuple[int, ...] = ()
+    seal: int = 0
 
 
 class SlabReady(Message, frozen=True):
@@ -297,13 +300,47 @@ class Detach(Message, frozen=True):
 
 
 class Copy(Message, frozen=True):
-    """Begin to copy a function's weights to `offset` of the slab; the first `until_bytes` may go at once."""
+class MapPeer(Message, frozen=True):
+    """Map another device's slab, so that weights may be copied from it. The descriptor is the slab (CUDA: /dev/null, and `handle` opens it).
+
+    `bytes_per_s` is the speed to keep to, 0: as fast as it goes. On CUDA the pattern that is made of `seal` lies behind the slab's `slab_bytes`: the
+    lane reads it, and only one that reads it right may use the slab.
+    """
+
+    FDS: ClassVar[int] = 1
+    device: str
+    slab_bytes: int
+    bytes_per_s: int
+    handle: bytes = b""
+    seal: int = 0
+
+
+class PeerMapped(Message, frozen=True):
+    """The outcome of a MapPeer: how fast copies from there are, or why there will be none (`error`)."""
+
+    device: str
+    bytes_per_s: int
+    error: str = ""
+
+
+class UnmapPeer(Message, frozen=True):
+    """Another device's slab is lost: no Copy names it before the next MapPeer."""
+
+    device: str
+
+
+    """Begin to copy a function's weights to `offset` of the slab; the first `until_bytes` may go at once.
+
+    They come from the host, or, where `source` names another device, from `source_offset` of its slab.
+    """
 
     copy: int
     function: str
     offset: int
     until_bytes: int
 
+    source: str = ""
+    source_offset: int = 0
 
 class CopyGrant(Message, frozen=True):
     """The copy may go on to `until_bytes`."""
@@ -364,6 +401,6 @@ ToPredictor = Tokenizer | Welcome | FunctionChanged | FunctionGone | Answer | Fa
 Control = Declare | Remove | SetShare | Grant | GetStatus | Watch
 FromControl = Reply | FunctionChanged
 ToLaneRun = MapSegment | UnmapSegment | Run | Resume
-ToLaneCopy = Attach | Detach | Copy | CopyGrant
+ToLaneCopy = Attach | Detach | MapPeer | UnmapPeer | Copy | CopyGrant
 FromLaneRun = LaneReady | BatchDone | BatchPaused
-FromLaneCopy = Attached | CopyProgress
+FromLaneCopy = Attached | PeerMapped | CopyProgress

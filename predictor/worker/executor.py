@@ -85,9 +85,8 @@ class Executor:
 
     def _await_all(self, awaited: Transfer, place: Place, inputs: Mapping[str, torch.Tensor]) -> None:
         """Waits for all weights here where the device can then do better than beside their copy."""
-        total = awaited.weights.numel()
-        if self._device.replays(place, inputs, total - awaited.arrived):
-            self._meter.stall(lambda: awaited.hold(total))
+        if self._device.replays(place, inputs, awaited.nbytes - awaited.arrived, awaited.peer):
+            self._meter.stall(lambda: awaited.hold(awaited.nbytes))
             self._awaited = None
 
     def _pass(self, need_bytes: int) -> None:

@@ -20,7 +20,7 @@ from typing import NoReturn
 import torch
 
 from contracts.channel import Channel
-from contracts.errors import ProtocolError
+from contracts.errors import ProtocolError, SluiceError
 from contracts.lane_page import LanePage
 from contracts.wire import (
     Attach,
@@ -29,13 +29,16 @@ from contracts.wire import (
     CopyGrant,
     Detach,
     LaneReady,
+    MapPeer,
     MapSegment,
     Message,
+    PeerMapped,
     Resume,
     Run,
     Spawn,
     ToLaneCopy,
     ToLaneRun,
+    UnmapPeer,
     UnmapSegment,
 )
 from predictor.worker.devices import open_device
@@ -122,22 +125,44 @@ class Lane:
                     self._functions.attach(message, fds[0])
                 case Detach(function=name):
                     self._detach(name)
-                case Copy(copy=copy, function=name, offset=offset, until_bytes=until):
-                    self._begin(copy, name, offset)
+                case MapPeer():
+                    self._map_peer(message, fds[0])
+                case UnmapPeer(device=device):
+                    self._device.unmap_peer(device)
+                case Copy(copy=copy, until_bytes=until):
+                    self._begin(message)
                     self._swap.advance(copy, until)
                 case CopyGrant(copy=copy, until_bytes=until):
                     self._swap.advance(copy, until)
         os._exit(0)
 
-    def _begin(self, copy: int, name: str, offset: int) -> None:
-        function = self._functions.get(name)
+    def _begin(self, message: Copy) -> None:
+        copy, function = message.copy, self._functions.get(message.function)
         if function is None:
-            raise ProtocolError(f"copy {copy} is of function {name!r}, which is not attached")
+            raise ProtocolError(f"copy {copy} is of function {message.function!r}, which is not attached")
         if function.transfer is not None:
             self._swap.cancel(function.transfer)
-        transfer = Transfer(copy, function.weights, offset)
+        weights = function.weights
+        if message.source:
+            slab, start = self._device.peer(message.source), message.source_offset
+            end = start + weights.numel()
+            if slab is None or not 0 <= start <= end <= slab.numel():
+                raise ProtocolError(f"copy {copy} is of bytes {start} to {end} of {message.source}, which are not mapped here")
+            weights = slab[start:end]
+        transfer = Transfer(copy, weights, message.offset, message.source)
         self._swap.begin(transfer)
         self._functions.started(function, transfer)
+
+    def _map_peer(self, peer: MapPeer, fd: int) -> None:
+        """What cannot be mapped, or not be proven, is not used; only a device that no longer works ends the lane."""
+        try:
+            mapped = PeerMapped(peer.device, self._device.map_peer(peer, fd))
+        except (SluiceError, RuntimeError, OSError, ValueError) as failure:
+            self._device.survive(failure)
+            mapped = PeerMapped(peer.device, 0, str(failure) or type(failure).__name__)
+        finally:
+            os.close(fd)
+        self._report(mapped)
 
     def _detach(self, name: str) -> None:
         function = self._functions.detach(name)
@@ -145,7 +170,7 @@ class Lane:
             self._swap.cancel(function.transfer)
 
     def _report(self, message: Message) -> None:
-        """Sends on the copy channel, for the copy thread and the background thread."""
+        """Sends on the copy channel, for the copy thread and those behind it."""
         with self._copies_lock:
             self._copies.send(message)
 

@@ -22,19 +22,37 @@ from contracts.wire import CopyProgress
 from predictor.worker.devices.base import Device, Event
 
 _REPORT_BYTES = 8 * MIB
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 class Transfer:
-    """One copy of a function's weights to a place in the slab.
+    """One copy of a function's weights to a place in the slab, from host memory or from the slab of the device that `peer` names.
 
-    `arrived` follows the device, not the host, and only grows; a run compares it at every gate, without a lock.
+    `arrived` follows the device, not the host, and only grows; a run compares it at every gate, without a lock. `weights` are let go of at the end:
+    a function keeps its transfer for as long as it is attached.
     """
 
-    __slots__ = ("_ends", "_events", "_moved", "arrived", "begun_ns", "cancelled", "copy", "issued", "offset", "reported", "weights")
+    __slots__ = (
+        "_ends",
+        "_events",
+        "_moved",
+        "arrived",
+        "begun_ns",
+        "cancelled",
+        "copy",
+        "issued",
+        "nbytes",
+        "offset",
+        "peer",
+        "reported",
+        "weights",
+    )
 
-    def __init__(self, copy: int, weights: torch.Tensor, offset: int) -> None:
+    def __init__(self, copy: int, weights: torch.Tensor, offset: int, peer: str = "") -> None:
         self.copy = copy
         self.weights = weights
+        self.nbytes = weights.numel()
+        self.peer = peer
         self.offset = offset
         self.issued = 0
         self.arrived = 0
@@ -48,7 +66,7 @@ class Transfer:
     @property
     def complete(self) -> bool:
         """All bytes have arrived."""
-        return self.arrived == self.weights.numel()
+        return self.arrived == self.nbytes
 
     def publish(self, end: int, event: Event) -> None:
         """The bytes up to `end` are on their way; they have arrived once `event` has passed."""
@@ -59,10 +77,11 @@ class Transfer:
             self._moved.notify_all()
 
     def arrive(self, end: int) -> None:
-        """The bytes up to `end` are there. Events are dropped with the last of them: a function keeps its transfer for as long as it is attached."""
+        """The bytes up to `end` are there. With the last of them the events are dropped too."""
         with self._moved:
             self.arrived = end
             if self.complete:
+                self.weights = _NOTHING
                 self._ends.clear()
                 self._events.clear()
 
@@ -70,6 +89,7 @@ class Transfer:
         """It will not go on; whoever waits for it is told."""
         with self._moved:
             self.cancelled = True
+            self.weights = _NOTHING
             self._moved.notify_all()
 
     def hold(self, need_bytes: int) -> None:
@@ -94,7 +114,7 @@ class SwapEngine:
 
     def begin(self, transfer: Transfer) -> None:
         """Takes up a copy; nothing moves before `advance`."""
-        end = transfer.offset + transfer.weights.numel()
+        end = transfer.offset + transfer.nbytes
         if transfer.offset < 0 or end > self._device.slab.numel():
             raise ProtocolError(f"copy {transfer.copy} would end at {end}, outside the slab of {self._device.slab.numel()} bytes")
         self._transfers[transfer.copy] = transfer
@@ -109,19 +129,19 @@ class SwapEngine:
         transfer = self._transfers.get(copy)
         if transfer is None:
             return
-        until = min(until_bytes, transfer.weights.numel())
+        until = min(until_bytes, transfer.nbytes)
         if not transfer.issued:
             transfer.begun_ns = time.monotonic_ns()
         while transfer.issued < until:
             start = transfer.issued
             end = min(start + self._device.piece_bytes, until)
-            event = self._device.copy(transfer.weights, start, end, transfer.offset)
+            event = self._device.copy(transfer.weights, start, end, transfer.offset, transfer.peer)
             transfer.publish(end, event)
             if self._device.asynchronous:
                 self._under_way.put((transfer, end, end == until, event))
             else:
                 self._arrive(transfer, end, end == until)
-        if transfer.issued == transfer.weights.numel():
+        if transfer.issued == transfer.nbytes:
             del self._transfers[copy]
 
     def follow(self) -> NoReturn:
@@ -131,7 +151,7 @@ class SwapEngine:
             event.wait()
             self._arrive(transfer, end, last)
             if transfer.complete:
-                self._device.copied(end, time.monotonic_ns() - transfer.begun_ns)
+                self._device.copied(end, time.monotonic_ns() - transfer.begun_ns, transfer.peer)
             del transfer, event
 
     def _arrive(self, transfer: Transfer, end: int, last: bool) -> None:

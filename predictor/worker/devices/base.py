@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
+from contracts.wire import MapPeer
+
 if TYPE_CHECKING:
     from predictor.worker.functions import Function, Program
 
@@ -90,13 +92,25 @@ class Device(Protocol):
     def unpin(self, weights: torch.Tensor) -> None:
         """No copy of these weights will come any more; returns when none is under way."""
 
-    def copy(self, weights: torch.Tensor, start: int, end: int, offset: int) -> Event:
-        """Copies weights[start:end] to `offset + start` of the slab, in the order of the calls; called from the copy thread only."""
+    def map_peer(self, peer: MapPeer, fd: int) -> int:
+        """Makes another device's slab one to copy from (`fd` stays the caller's); the bytes/s that it gave. Raises when it cannot be proven."""
 
-    def copied(self, nbytes: int, took_ns: int) -> None:
+    def unmap_peer(self, device: str) -> None:
+        """Lets another device's slab go, if it is mapped; returns when no copy reads it any more."""
+
+    def peer(self, device: str) -> torch.Tensor | None:
+        """Another device's slab, uint8, to take the weights for `copy` from; None when it is not mapped."""
+
+    def copy(self, weights: torch.Tensor, start: int, end: int, offset: int, peer: str = "") -> Event:
+        """Copies weights[start:end] to `offset + start` of the slab, in the order of the calls; called from the copy thread only.
+
+        `peer`: they lie in the slab of that device, else in host memory.
+        """
+
+    def copied(self, nbytes: int, took_ns: int, peer: str = "") -> None:
         """A copy of so many bytes took so long, from its first piece to the arrival of its last; where copies are asynchronous."""
 
-    def replays(self, place: Place, inputs: Mapping[str, torch.Tensor], missing_bytes: int) -> bool:
+    def replays(self, place: Place, inputs: Mapping[str, torch.Tensor], missing_bytes: int, peer: str = "") -> bool:
         """Whether a recorded run that begins when so many more bytes have been copied would end before one that goes on beside the copy."""
 
     def execute(self, program: Program, inputs: Mapping[str, torch.Tensor], place: Place | None) -> dict[str, torch.Tensor]:

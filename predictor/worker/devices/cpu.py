@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from contracts.units import MIB, S
+from contracts.wire import MapPeer
 from predictor.worker.devices.base import Meter, Place, Proof
 
 if TYPE_CHECKING:
@@ -117,7 +118,8 @@ class CpuDevice:
         self.slab = torch.frombuffer(mmap.mmap(slab_fd, slab_bytes), dtype=torch.uint8)
         _populate(self.slab, _MADV_POPULATE_WRITE)
         self._sm_percent = sm_percent
-        self._pacer = Pacer(link_bytes_per_s) if link_bytes_per_s else None
+        self._pacers = {"": Pacer(link_bytes_per_s)} if link_bytes_per_s else {}
+        self._peers: dict[str, torch.Tensor] = {}
         self._done = CpuEvent()
 
     def pin(self, weights: torch.Tensor) -> None:
@@ -127,20 +129,38 @@ class CpuDevice:
     def unpin(self, weights: torch.Tensor) -> None:
         """Nothing was pinned."""
 
-    def copy(self, weights: torch.Tensor, start: int, end: int, offset: int) -> CpuEvent:
+    def map_peer(self, peer: MapPeer, fd: int) -> int:
+        """As Device.map_peer: shared memory needs no proof, and is as fast as it is said to be."""
+        slab = torch.frombuffer(mmap.mmap(fd, peer.slab_bytes, prot=mmap.PROT_READ), dtype=torch.uint8)
+        _populate(slab, _MADV_POPULATE_READ)
+        self._peers[peer.device] = slab
+        if peer.bytes_per_s:
+            self._pacers[peer.device] = Pacer(peer.bytes_per_s)
+        return peer.bytes_per_s
+
+    def unmap_peer(self, device: str) -> None:
+        """As Device.unmap_peer."""
+        self._peers.pop(device, None)
+
+    def peer(self, device: str) -> torch.Tensor | None:
+        """As Device.peer."""
+        return self._peers.get(device)
+
+    def copy(self, weights: torch.Tensor, start: int, end: int, offset: int, peer: str = "") -> CpuEvent:
         """As Device.copy; returns when the bytes are there."""
         begun_ns = time.monotonic_ns()
         self.slab[offset + start : offset + end].copy_(weights[start:end])
-        if self._pacer is not None:
-            wait_ns = self._pacer.due_ns(end - start, begun_ns) - time.monotonic_ns()
+        pacer = self._pacers.get(peer)
+        if pacer is not None:
+            wait_ns = pacer.due_ns(end - start, begun_ns) - time.monotonic_ns()
             if wait_ns > 0:
                 time.sleep(wait_ns / S)
         return self._done
 
-    def copied(self, nbytes: int, took_ns: int) -> None:
+    def copied(self, nbytes: int, took_ns: int, peer: str = "") -> None:
         """Nobody asks."""
 
-    def replays(self, place: Place, inputs: Mapping[str, torch.Tensor], missing_bytes: int) -> bool:
+    def replays(self, place: Place, inputs: Mapping[str, torch.Tensor], missing_bytes: int, peer: str = "") -> bool:
         """Nothing is recorded."""
         return False
 

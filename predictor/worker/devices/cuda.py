@@ -15,7 +15,9 @@ import torch
 
 from contracts.errors import SluiceError
 from contracts.units import MIB, S
+from contracts.wire import MapPeer
 from predictor.worker.devices import driver as seam
+from predictor.worker.devices import seal
 from predictor.worker.devices.base import Meter, Place
 from predictor.worker.devices.graphs import Graphs, shapes_of
 from predictor.worker.devices.proof import prove
@@ -161,7 +163,8 @@ class CudaDevice:
         self._events = Events(driver)
         self._staging = Staging(driver)
         self._pinned: set[int] = set()
-        self._bytes_per_s = 0
+        self._peers: dict[str, torch.Tensor] = {}
+        self._bytes_per_s: dict[str, int] = {}
         self._note: Callable[[int], None] | None = None
 
     def pin(self, weights: torch.Tensor) -> None:
@@ -173,28 +176,44 @@ class CudaDevice:
         """As Device.unpin; waits for the copies that were issued before."""
         if weights.data_ptr() in self._pinned:
             self._pinned.remove(weights.data_ptr())
-            issued = self._driver.event()
-            issued.record(self._driver.copies)
-            issued.synchronize()
+            self._await_copies()
             self._driver.unregister(weights)
 
-    def copy(self, weights: torch.Tensor, start: int, end: int, offset: int) -> CudaEvent:
-        """As Device.copy."""
+    def map_peer(self, peer: MapPeer, fd: int) -> int:
+        """As Device.map_peer."""
+        slab = self._driver.open_peer(peer.handle, peer.slab_bytes + seal.BYTES)
+        bytes_per_s = seal.read(self._driver, slab[peer.slab_bytes :], peer.seal)
+        self._peers[peer.device] = slab[: peer.slab_bytes]
+        return bytes_per_s
+
+    def unmap_peer(self, device: str) -> None:
+        """As Device.unmap_peer."""
+        if device in self._peers:
+            self._await_copies()
+            del self._peers[device]
+
+    def peer(self, device: str) -> torch.Tensor | None:
+        """As Device.peer."""
+        return self._peers.get(device)
+
+    def copy(self, weights: torch.Tensor, start: int, end: int, offset: int, peer: str = "") -> CudaEvent:
+        """As Device.copy; from a peer's slab it is a copy between devices on the same stream."""
         self._driver.copy(self.slab[offset + start : offset + end], weights[start:end], self._driver.copies)
         event = self._driver.event()
         event.record(self._driver.copies)
         return CudaEvent(event, self._driver.compute)
 
-    def copied(self, nbytes: int, took_ns: int) -> None:
+    def copied(self, nbytes: int, took_ns: int, peer: str = "") -> None:
         """As Device.copied."""
-        self._bytes_per_s = nbytes * S // max(1, took_ns)
+        self._bytes_per_s[peer] = nbytes * S // max(1, took_ns)
 
-    def replays(self, place: Place, inputs: Mapping[str, torch.Tensor], missing_bytes: int) -> bool:
+    def replays(self, place: Place, inputs: Mapping[str, torch.Tensor], missing_bytes: int, peer: str = "") -> bool:
         """As Device.replays: a small model costs the host more time than it has to wait for its weights."""
         recorded = self.graphs.find(place, shapes_of(inputs))
-        if recorded is None or not recorded.replay_ns or not self._bytes_per_s:
+        bytes_per_s = self._bytes_per_s.get(peer)
+        if recorded is None or not recorded.replay_ns or not bytes_per_s:
             return False
-        return missing_bytes * S // self._bytes_per_s + recorded.replay_ns < recorded.eager_ns
+        return missing_bytes * S // bytes_per_s + recorded.replay_ns < recorded.eager_ns
 
     def execute(self, program: Program, inputs: Mapping[str, torch.Tensor], place: Place | None) -> dict[str, torch.Tensor]:
         """As Device.execute: the graph, if there is one for this place and these shapes."""
@@ -252,6 +271,12 @@ class CudaDevice:
     def _run(self, program: Program, staged: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Eagerly; graphs make room for a batch that finds too little memory beside them."""
         try:
+    def _await_copies(self) -> None:
+        """Returns when all copies that were issued before have ended."""
+        issued = self._driver.event()
+        issued.record(self._driver.copies)
+        issued.synchronize()
+
             return program.execute(self._placed(staged))
         except torch.OutOfMemoryError:
             if not len(self.graphs):

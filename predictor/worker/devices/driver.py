@@ -79,6 +79,9 @@ class Driver(Protocol):
     def open(self, handle: bytes, nbytes: int) -> torch.Tensor:
         """The memory behind another process's handle, uint8."""
 
+    def open_peer(self, handle: bytes, nbytes: int) -> torch.Tensor:
+        """The memory behind the handle of another GPU's process, uint8: this device reads it directly. Raises where it cannot be mapped so."""
+
     def register(self, memory: torch.Tensor) -> bool:
         """Pins host memory that is mapped already; False when the driver will not, and copies from it are slow."""
 

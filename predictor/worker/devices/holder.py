@@ -1,7 +1,8 @@
 """The slab holder: one process for each CUDA device, which owns the device's memory for weights and lends it to lanes by a handle.
 
 Speaks with the agent on a socket: Hold in, SlabReady out. It measures what others could not without competing for the device: how fast pinned memory
-is copied, from which size of piece on, and how long the occupancy kernel takes on all SMs. It lives until the socket ends, or until its context is
+is copied, from which size of piece on, and how long the occupancy kernel takes on all SMs. Where other devices' lanes are to read the slab, it seals
+it. It lives until the socket ends, or until its context is
 broken: then the slab is lost, and its end says so. Never runs a model, never reads or writes the slab once lanes have it.
 """
 
@@ -22,6 +23,7 @@ from contracts.functions import FunctionClass
 from contracts.units import MIB, S, format_bytes
 from contracts.wire import Hold, SlabReady
 from predictor.worker.devices import driver as seam
+from predictor.worker.devices import seal
 from predictor.worker.devices.proof import occupancy_ns
 
 _BEAT_S = 1.0
@@ -56,10 +58,14 @@ def serve(channel: Channel, hold: Hold) -> None:
     driver = seam.connect("quota", FunctionClass.BEST_EFFORT, 0, 0)
     whole_ns = occupancy_ns(driver)
     driver.trim()
-    slab = take(driver, hold)
+    memory = take(driver, hold)
+    nbytes = memory.numel() - _seal_bytes(hold)
+    slab = memory[:nbytes]
     bytes_per_s, piece_bytes = link_speed(driver, slab)
-    handle = driver.export(slab)
-    channel.send(SlabReady(hold.device, driver.name, driver.sms, handle, slab.numel(), bytes_per_s, piece_bytes, whole_ns))
+    if hold.seal:
+        seal.write(driver, memory[nbytes:], hold.seal)
+    handle = driver.export(memory)
+    channel.send(SlabReady(hold.device, driver.name, driver.sms, handle, nbytes, bytes_per_s, piece_bytes, whole_ns))
     while not channel.waiting(_BEAT_S):
         if not driver.alive():
             sys.exit(f"the context on {hold.device} is broken: its slab is lost")
@@ -68,15 +74,19 @@ def serve(channel: Channel, hold: Hold) -> None:
 
 
 def take(driver: seam.Driver, hold: Hold) -> torch.Tensor:
-    """The slab; Unavailable when it does not fit beside what must stay free."""
-    free = driver.free_bytes()
+    """The memory of slab and seal; Unavailable when it does not fit beside what must stay free."""
+    free = driver.free_bytes() - _seal_bytes(hold)
     nbytes = hold.nbytes or (free - hold.reserve_bytes) // _GRANULARITY * _GRANULARITY
     if not 0 < nbytes <= free:
         raise Unavailable(
             f"{hold.device} has {format_bytes(free)} free, which does not hold {format_bytes(max(nbytes, 0))} of weights "
             f"with {format_bytes(hold.reserve_bytes)} kept free: use another --device-memory"
         )
-    return driver.allocate(nbytes)
+    return driver.allocate(nbytes + _seal_bytes(hold))
+
+
+def _seal_bytes(hold: Hold) -> int:
+    return seal.BYTES if hold.seal else 0
 
 
 def link_speed(driver: seam.Driver, slab: torch.Tensor) -> tuple[int, int]:

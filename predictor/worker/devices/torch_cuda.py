@@ -80,6 +80,18 @@ class TorchCuda:
     def open(self, handle: bytes, nbytes: int) -> torch.Tensor:
         """As Driver.open."""
         _, *fields = msgspec.msgpack.decode(handle)
+        return self._opened(fields, nbytes)
+
+    def open_peer(self, handle: bytes, nbytes: int) -> torch.Tensor:
+        """As Driver.open_peer. The other GPU need not be visible: its memory is mapped into this device's addresses, with peer access.
+
+        torch opens handles with cudaIpcMemLazyEnablePeerAccess. The event that comes with a handle is the other device's, and not needed: the owner
+        has waited for all that it wrote.
+        """
+        _, *fields, _ = msgspec.msgpack.decode(handle)
+        return self._opened([*fields, False], nbytes)
+
+    def _opened(self, fields: list[Any], nbytes: int) -> torch.Tensor:
         storage = torch.UntypedStorage._new_shared_cuda(0, *fields)
         opened = torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
         if opened.numel() < nbytes:

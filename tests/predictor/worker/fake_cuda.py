@@ -209,6 +209,9 @@ class FakeCuda:
     def open(self, handle: bytes, nbytes: int) -> torch.Tensor:
         return torch.from_file(handle.decode(), shared=True, size=nbytes, dtype=torch.uint8)
 
+    def open_peer(self, handle: bytes, nbytes: int) -> torch.Tensor:
+        return self.open(handle, nbytes)
+
     def register(self, memory: torch.Tensor) -> bool:
         assert memory.data_ptr() not in self.registered
         if self._inline:
