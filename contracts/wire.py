@@ -299,7 +299,6 @@ class Detach(Message, frozen=True):
     function: str
 
 
-class Copy(Message, frozen=True):
 class MapPeer(Message, frozen=True):
     """Map another device's slab, so that weights may be copied from it. The descriptor is the slab (CUDA: /dev/null, and `handle` opens it).
 
@@ -329,6 +328,7 @@ class UnmapPeer(Message, frozen=True):
     device: str
 
 
+class Copy(Message, frozen=True):
     """Begin to copy a function's weights to `offset` of the slab; the first `until_bytes` may go at once.
 
     They come from the host, or, where `source` names another device, from `source_offset` of its slab.
@@ -338,9 +338,9 @@ class UnmapPeer(Message, frozen=True):
     function: str
     offset: int
     until_bytes: int
-
     source: str = ""
     source_offset: int = 0
+
 
 class CopyGrant(Message, frozen=True):
     """The copy may go on to `until_bytes`."""

@@ -268,15 +268,15 @@ class CudaDevice:
         if not isinstance(failure, SluiceError) and not self._driver.survives(failure):
             raise failure
 
-    def _run(self, program: Program, staged: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Eagerly; graphs make room for a batch that finds too little memory beside them."""
-        try:
     def _await_copies(self) -> None:
         """Returns when all copies that were issued before have ended."""
         issued = self._driver.event()
         issued.record(self._driver.copies)
         issued.synchronize()
 
+    def _run(self, program: Program, staged: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Eagerly; graphs make room for a batch that finds too little memory beside them."""
+        try:
             return program.execute(self._placed(staged))
         except torch.OutOfMemoryError:
             if not len(self.graphs):
