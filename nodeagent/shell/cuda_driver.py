@@ -15,6 +15,7 @@ from typing import Any
 _LIBRARY = "libcuda.so.1"
 _NO_DEVICE = 100
 _SM_COUNT, _MAJOR, _MINOR = 16, 75, 76
+_P2P_ACCESS, _P2P_NATIVE_ATOMICS = 2, 3
 _NAME_BYTES = 256
 _MIG = " MIG "
 """In the name of a MIG instance: NVIDIA H100 80GB HBM3 MIG 1g.10gb."""
@@ -33,7 +34,10 @@ def read(cuda: Any) -> list[dict[str, object]]:
     driver, count = ctypes.c_int(), ctypes.c_int()
     _check(cuda, cuda.cuDriverGetVersion(ctypes.byref(driver)), "cuDriverGetVersion")
     _check(cuda, cuda.cuDeviceGetCount(ctypes.byref(count)), "cuDeviceGetCount")
-    return [_read_device(cuda, index, driver.value) for index in range(count.value)]
+    found = [_read_device(cuda, index, driver.value) for index in range(count.value)]
+    for index, device in enumerate(found):
+        device["peers"] = [other["uuid"] for at, other in enumerate(found) if at != index and _linked(cuda, index, at)]
+    return found
 
 
 def _read_device(cuda: Any, index: int, driver: int) -> dict[str, object]:
@@ -58,6 +62,18 @@ def _read_device(cuda: Any, index: int, driver: int) -> dict[str, object]:
         "bus_id": bus_id.value.decode(errors="replace").lower(),
         "mig": mig,
     }
+
+
+def _linked(cuda: Any, reader: int, read: int) -> bool:
+    """Whether one device may read the other's memory, and does it over a link of their own: PCIe has no native atomics.
+
+    Over PCIe a copy between devices takes the way that a copy from the host takes, and is no faster. What the driver does not know is no link.
+    """
+    value = ctypes.c_int()
+    return all(
+        not cuda.cuDeviceGetP2PAttribute(ctypes.byref(value), ctypes.c_int(attribute), ctypes.c_int(reader), ctypes.c_int(read)) and value.value == 1
+        for attribute in (_P2P_ACCESS, _P2P_NATIVE_ATOMICS)
+    )
 
 
 def _attribute(cuda: Any, attribute: int, device: ctypes.c_int) -> int:

@@ -10,17 +10,19 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from contracts.errors import InvalidValue, SluiceError, Unavailable
 from contracts.units import MIB, format_bytes
-from contracts.wire import Hold, LaneReady, SlabReady, Spawn
+from contracts.wire import Hold, LaneReady, MapPeer, SlabReady, Spawn
 from nodeagent.events import StartLane
 from nodeagent.settings import DeviceSpec, Settings
 from nodeagent.shell import backends
 from nodeagent.shell.backends import Backend, Limits, Unproven
-from nodeagent.shell.gpus import Gpu, find_gpu, host_link, near_cpus
+from nodeagent.shell.gpus import Gpu, find_gpu, find_gpus, host_link, near_cpus
 from nodeagent.shell.holder import Holder
 from nodeagent.shell.mps import PREFIX, MpsDaemon
 from nodeagent.shell.options import Options
@@ -32,13 +34,15 @@ _LAST_DELAY_S = 30.0
 _CONTEXT_BYTES = 512 * MIB
 _ACTIVATION_BYTES = 512 * MIB
 _MAX_RESERVE = 0.5
+_SEAL_BITS = 62
 
 
 class CudaSlab:
     """One GPU or MIG instance."""
 
-    def __init__(self, device: str, options: Options, gpu: Gpu) -> None:
+    def __init__(self, device: str, options: Options, gpu: Gpu, peers: tuple[str, ...]) -> None:
         """Made by `open`."""
+        self.peers = peers
         self.fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         self._device = device
         self._options = options
@@ -54,12 +58,13 @@ class CudaSlab:
         self._watching: list[asyncio.Task[None]] = []
         self._limits: Limits
         self._slab: SlabReady
+        self._seal = 0
         self.spec: DeviceSpec
 
     @classmethod
-    async def open(cls, device: str, options: Options, gpu: Gpu) -> CudaSlab:
+    async def open(cls, device: str, options: Options, gpu: Gpu, peers: tuple[str, ...] = ()) -> CudaSlab:
         """The slab of a GPU, ready for lanes. Unavailable when it cannot be had, or cannot be had as it was asked for."""
-        slab = cls(device, options, gpu)
+        slab = cls(device, options, gpu, peers)
         try:
             await slab._choose()
             await slab._hold(options.device_bytes)
@@ -117,6 +122,10 @@ class CudaSlab:
             whole_ns=slab.whole_ns,
             cpus=self._cpus,
         )
+
+    def lend(self) -> MapPeer:
+        """As Slab.lend."""
+        return MapPeer(self._device, self._slab.nbytes, 0, self._slab.handle, self._seal)
 
     def ended(self, lane: int) -> None:
         """As Slab.ended."""
@@ -190,7 +199,8 @@ class CudaSlab:
         holder = self._holder = Holder(self._options.holder_command, self._environment)
         reserve_bytes = Settings().max_lanes_per_device * (self._activation_bytes + _CONTEXT_BYTES)
         reserve_bytes = min(reserve_bytes, int(self._gpu.total_bytes * _MAX_RESERVE))
-        self._slab = await holder.start(Hold(self._device, nbytes, reserve_bytes, self._cpus))
+        self._seal = 1 + secrets.randbits(_SEAL_BITS) if self.peers else 0
+        self._slab = await holder.start(Hold(self._device, nbytes, reserve_bytes, self._cpus, self._seal))
         if self._slab.sms != self._gpu.sms:
             raise Unavailable(f"{self._device} has {self._gpu.sms} SMs, its slab holder sees {self._slab.sms}: another MPS daemon may hold it")
         if self._mps is not None and holder.pid not in await self._mps.clients():
@@ -257,7 +267,17 @@ async def find_all(options: Options) -> dict[str, Gpu]:
             if any(gpu.uuid == other.uuid for other in gpus.values()):
                 raise InvalidValue(f"is {gpu.uuid}, which another --device names already", key="device", value=device)
             gpus[device] = gpu
-    return gpus
+    if len(gpus) < 2:
+        return gpus
+    # Only GPUs that one process sees say of each other whether they are linked. A MIG instance is never linked, nor seen beside others.
+    whole = [gpu.uuid for gpu in gpus.values() if not gpu.mig]
+    together = {gpu.uuid: gpu for gpu in await find_gpus(options.gpus_command, ",".join(whole))} if whole else {}
+    return {device: together.get(gpu.uuid, gpu) for device, gpu in gpus.items()}
+
+
+def peers_of(device: str, gpus: Mapping[str, Gpu]) -> tuple[str, ...]:
+    """The devices that this one is linked with."""
+    return tuple(other for other, gpu in gpus.items() if gpu.uuid in gpus[device].peers)
 
 
 def clean_up(run_dir: Path) -> None:

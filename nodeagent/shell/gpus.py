@@ -22,7 +22,10 @@ _ASK_S = 60.0
 
 
 class Gpu(msgspec.Struct, frozen=True):
-    """A GPU or MIG instance: SMs, compute capability, memory in bytes, CUDA version of the driver (13010: 13.1), PCI address in lower case."""
+    """A GPU or MIG instance: SMs, compute capability, memory in bytes, CUDA version of the driver (13010: 13.1), PCI address in lower case.
+
+    `peers`: the GPUs, of those that were shown together with it, whose memory it reads over a link of their own (NVLink).
+    """
 
     uuid: str
     name: str
@@ -32,6 +35,7 @@ class Gpu(msgspec.Struct, frozen=True):
     driver: int
     bus_id: str
     mig: bool = False
+    peers: tuple[str, ...] = ()
 
 
 async def find_gpus(command: Sequence[str], visible: str | None = None) -> list[Gpu]:

@@ -27,7 +27,8 @@ _DEVICE = re.compile(r"[a-z]+:[0-9]+|cuda:(GPU|MIG)-[0-9a-fA-F-]+")
 class Options(msgspec.Struct, frozen=True):
     """How one agent runs. Memory in bytes, times in ns.
 
-    `device_bytes` 0: all of a GPU that lanes do not need. `link_bytes_per_s` 0: as fast as it goes. `activation_bytes` 0: no bound on a CPU device,
+    `device_bytes` 0: all of a GPU that lanes do not need. `link_bytes_per_s` 0: as fast as it goes. `peer_bytes_per_s`
+    is between CPU devices, 0: they copy from the host alone; GPUs are asked. `activation_bytes` 0: no bound on a CPU device,
     the default of `cuda_slab` on a GPU. `sm_backend`: what is to hold the lanes of GPUs to their SMs, one of SM_BACKENDS.
     """
 
@@ -37,6 +38,7 @@ class Options(msgspec.Struct, frozen=True):
     host_bytes: int
     store: Path
     link_bytes_per_s: int = 0
+    peer_bytes_per_s: int = 0
     window_ns: int = 100 * MS
     threads: int = 1
     activation_bytes: int = 0
@@ -67,6 +69,9 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--host-memory", type=_size, required=True, metavar="BYTES", help="budget of the host weight store")
     parser.add_argument("--store", type=Path, help="folder of the host weight store (default: one in /dev/shm that belongs to the run dir)")
     parser.add_argument("--link-bandwidth", type=_size, default=0, metavar="BYTES_PER_S", help="of the CPU device's host link (default: unlimited)")
+    parser.add_argument(
+        "--peer-bandwidth", type=_size, default=0, metavar="BYTES_PER_S", help="from CPU device to CPU device (default: no such copies)"
+    )
     parser.add_argument("--window-ms", type=_positive, default=100, help="the period over which a quota is counted")
     parser.add_argument("--threads", type=_positive, default=1, help="compute threads of a CPU lane")
     parser.add_argument(
@@ -96,6 +101,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         host_bytes=given.host_memory,
         store=given.store.absolute() if given.store else store_folder(run_dir),
         link_bytes_per_s=given.link_bandwidth,
+        peer_bytes_per_s=given.peer_bandwidth,
         window_ns=given.window_ms * MS,
         threads=given.threads,
         activation_bytes=given.activation_memory,

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from contracts.errors import ProtocolError, Unavailable
 from contracts.units import KIB, format_bytes
-from contracts.wire import LaneReady, Spawn
+from contracts.wire import LaneReady, MapPeer, Spawn
 from nodeagent.events import StartLane
 from nodeagent.settings import DeviceSpec
 from nodeagent.shell.backends import Backend
@@ -42,6 +42,8 @@ class Slab(Protocol):
 
     fd: int
     spec: DeviceSpec
+    peers: tuple[str, ...]
+    """The devices whose slabs its lanes may copy weights from, once each has proved that it can."""
 
     @property
     def backend(self) -> Backend:
@@ -60,6 +62,9 @@ class Slab(Protocol):
 
     def spawn(self, lane: StartLane) -> Spawn:
         """What a new lane is told."""
+
+    def lend(self) -> MapPeer:
+        """What a lane of another device is told to copy from it; `fd` goes along."""
 
     def ended(self, lane: int) -> None:
         """A lane of it has gone."""
@@ -94,6 +99,7 @@ class CpuSlab:
         """Unavailable when the memory is not there."""
         self._options = options
         nbytes = options.device_bytes
+        self.peers = tuple(other for other in options.devices if other.startswith("cpu:") and other != device) if options.peer_bytes_per_s else ()
         self.spec = DeviceSpec(device, nbytes, options.link_bytes_per_s) if options.link_bytes_per_s else DeviceSpec(device, nbytes)
         self.fd = os.memfd_create(f"sluice-slab-{device}", os.MFD_CLOEXEC)
         try:
@@ -120,6 +126,10 @@ class CpuSlab:
             link_bytes_per_s=options.link_bytes_per_s,
             activation_bytes=options.activation_bytes,
         )
+
+    def lend(self) -> MapPeer:
+        """As Slab.lend."""
+        return MapPeer(self.spec.id, self._options.device_bytes, self._options.peer_bytes_per_s)
 
     def ended(self, lane: int) -> None:
         """Nothing was kept of it."""
@@ -149,14 +159,14 @@ class CpuSlab:
 async def open_slabs(options: Options) -> dict[str, Slab]:
     """The slabs of all devices, each ready for lanes. Unavailable or InvalidValue when one cannot be had; nothing is left then."""
     # Imported here: an agent of CPU devices alone does without.
-    from nodeagent.shell.cuda_slab import CudaSlab, clean_up, find_all
+    from nodeagent.shell.cuda_slab import CudaSlab, clean_up, find_all, peers_of
 
     gpus = await find_all(options)
     check_memory((len(options.devices) - len(gpus)) * options.device_bytes)
     if gpus:
         clean_up(options.run_dir)
     slabs: dict[str, Slab] = {}
-    opening = {device: asyncio.ensure_future(CudaSlab.open(device, options, gpu)) for device, gpu in gpus.items()}
+    opening = {device: asyncio.ensure_future(CudaSlab.open(device, options, gpu, peers_of(device, gpus))) for device, gpu in gpus.items()}
     try:
         for device in options.devices:
             slabs[device] = await opening[device] if device in opening else CpuSlab(device, options)

@@ -17,14 +17,17 @@ from nodeagent.shell.gpus import find_gpu, find_gpus, host_link, near_cpus
 from tests.fakes import gpu
 
 FAKE = (sys.executable, "-m", "tests.fakes.gpus")
-WHOLE, INSTANCE = uuid.UUID(int=1), uuid.UUID(int=2)
+WHOLE, INSTANCE, OTHER = uuid.UUID(int=1), uuid.UUID(int=2), uuid.UUID(int=3)
 
 
 class FakeDriver:
-    """libcuda.so.1 as its documentation has it: every call returns a status and writes through pointers. `fails` names a call that does not work."""
+    """libcuda.so.1 as its documentation has it: every call returns a status and writes through pointers. `fails` names a call that does not work.
 
-    def __init__(self, devices: int = 1, *, mig: bool = False, fails: str = "", code: int = 999) -> None:
-        self.devices, self.mig, self.fails, self.code = devices, mig, fails, code
+    `p2p`: what it says of attributes between devices, by number, and 0 of others.
+    """
+
+    def __init__(self, devices: int = 1, *, mig: bool = False, fails: str = "", code: int = 999, p2p: dict[int, int] | None = None) -> None:
+        self.devices, self.mig, self.fails, self.code, self.p2p = devices, mig, fails, code, p2p or {}
 
     def __getattr__(self, call: str) -> Any:
         def answer(*arguments: Any) -> int:
@@ -59,11 +62,15 @@ class FakeDriver:
     def _cuDeviceTotalMem_v2(self, total: Any, device: Any) -> None:
         total._obj.value = 80 << 30
 
-    def _cuDeviceGetUuid_v2(self, found: Any, device: Any) -> None:
-        found.raw = (INSTANCE if self.mig else WHOLE).bytes
+    def _cuDeviceGetUuid_v2(self, found: Any, device: ctypes.c_int) -> None:
+        found.raw = (INSTANCE if self.mig else OTHER if device.value else WHOLE).bytes
 
     def _cuDeviceGetAttribute(self, value: Any, attribute: ctypes.c_int, device: Any) -> None:
         value._obj.value = {16: 132, 75: 9, 76: 0}[attribute.value]
+
+    def _cuDeviceGetP2PAttribute(self, value: Any, attribute: ctypes.c_int, reader: ctypes.c_int, read: ctypes.c_int) -> None:
+        assert reader.value != read.value
+        value._obj.value = self.p2p.get(attribute.value, 0)
 
 
 def test_the_driver_s_answers_are_read() -> None:
@@ -77,8 +84,25 @@ def test_the_driver_s_answers_are_read() -> None:
         "driver": 13010,
         "bus_id": "0000:a0:00.0",
         "mig": False,
+        "peers": [],
     }
     assert second["bus_id"] == "0000:a1:00.0"
+
+
+@pytest.mark.parametrize(
+    ("driver", "linked"),
+    [
+        (FakeDriver(2, p2p={2: 1, 3: 1}), True),
+        (FakeDriver(2, p2p={2: 1}), False),
+        (FakeDriver(2, p2p={3: 1}), False),
+        (FakeDriver(2, p2p={2: 1, 3: 1}, fails="cuDeviceGetP2PAttribute"), False),
+    ],
+    ids=["over NVLink", "over PCIe", "no access", "a driver that does not say"],
+)
+def test_gpus_are_linked_where_one_reads_the_other_over_a_link_of_their_own(driver: FakeDriver, linked: bool) -> None:
+    first, second = cuda_driver.read(driver)
+    assert first["peers"] == ([f"GPU-{OTHER}"] if linked else [])
+    assert second["peers"] == ([f"GPU-{WHOLE}"] if linked else [])
 
 
 def test_a_mig_instance_goes_by_its_own_identity() -> None:
