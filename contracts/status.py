@@ -39,13 +39,18 @@ class FunctionStatus(msgspec.Struct, frozen=True):
 
 
 class LaneStatus(msgspec.Struct, frozen=True):
-    """One lane: its size, class, process, and whether it runs a batch now."""
+    """One lane: its size, class, process, and whether it runs a batch now.
+
+    `attached` functions are ready to be copied and run; the weights of `unpinned` of them could not be pinned, and are copied slowly.
+    """
 
     lane: int
     sm_percent: int
     cls: FunctionClass
     pid: int
     state: str
+    attached: int = 0
+    unpinned: int = 0
 
 
 class DeviceStatus(msgspec.Struct, frozen=True):

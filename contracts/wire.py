@@ -287,10 +287,11 @@ class Attach(Message, frozen=True):
 
 
 class Attached(Message, frozen=True):
-    """The outcome of an Attach; an empty `error` is success."""
+    """The outcome of an Attach; an empty `error` is success. Not `pinned`: the driver would not, and copies of its weights are slow."""
 
     function: str
     error: str = ""
+    pinned: bool = True
 
 
 class Detach(Message, frozen=True):

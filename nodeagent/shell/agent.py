@@ -20,6 +20,7 @@ from contracts.wire import Answer, BatchDone, BatchPaused, CopyProgress, Failed
 from nodeagent import events
 from nodeagent.settings import Settings
 from nodeagent.shell import metrics
+from nodeagent.shell.ahead import Ahead
 from nodeagent.shell.control import Controls
 from nodeagent.shell.functions import Entry, Functions
 from nodeagent.shell.hoststore import HostStore
@@ -77,6 +78,7 @@ class Agent:
         self._functions = Functions(self._store, self._loader, self)
         self._peers = Peers(self._functions, self)
         self._lanes = Lanes(options, slabs, self._outbox, self)
+        self._ahead = Ahead(self._state, self._functions, self._lanes, slabs)
         self._controls = Controls(self._functions, self._peers, self._status)
 
     async def run(self) -> None:
@@ -143,14 +145,24 @@ class Agent:
         """Owners learn of it, and those who watch (`FunctionsOwner`)."""
         self._peers.function_changed(entry)
         self._controls.function_changed(entry)
+        if entry.state == "ready":
+            self._ahead.function_changed(entry)
 
     def function_gone(self, entry: Entry) -> None:
         """Owners learn of it (`FunctionsOwner`)."""
         self._peers.function_gone(entry.function.key)
 
+    async def prepare(self, entry: Entry) -> None:
+        """Lanes that are there pin its weights (`FunctionsOwner`)."""
+        await self._ahead.pinned(entry)
+
     def function_withdrawn(self, entry: Entry) -> None:
-        """Lanes forget it when they can (`FunctionsOwner`)."""
+        """It gets no more requests (`FunctionsOwner`)."""
         self.handle(events.FunctionRemoved(entry.function.key))
+        self.forget(entry)
+
+    def forget(self, entry: Entry) -> None:
+        """Lanes forget it when they can (`FunctionsOwner`)."""
         for lane in self._lanes:
             lane.retire(entry)
         self._outbox.flush()
@@ -178,6 +190,7 @@ class Agent:
     def lane_up(self, lane: Lane) -> None:
         """It serves (`LanesOwner`)."""
         self.handle(events.LaneUp(lane.spec.lane))
+        self._ahead.lane_up(lane)
 
     def lane_lost(self, lane: Lane) -> None:
         """Its process has gone (`LanesOwner`)."""
@@ -219,6 +232,10 @@ class Agent:
     def attach_failed(self, entry: Entry, error: str) -> None:
         """A lane cannot make its module, so no lane can (`LaneOwner`)."""
         self._functions.break_off(entry, ExecutionError(error))
+
+    def unpinned(self, lane: Lane, entry: Entry) -> None:
+        """Swaps of this function are slow (`LaneOwner`)."""
+        self._ahead.unpinned(lane, entry)
 
     # What the state commands.
 

@@ -37,25 +37,34 @@ class FunctionsOwner(Protocol):
     def function_gone(self, entry: Entry) -> None:
         """A function was removed."""
 
+    async def prepare(self, entry: Entry) -> None:
+        """Returns when a new function's first request would meet no lane that has yet to pin its weights."""
+
+    def forget(self, entry: Entry) -> None:
+        """Nothing is needed any more of what `prepare` did."""
+
     def function_withdrawn(self, entry: Entry) -> None:
         """A ready function serves no more."""
 
 
 class Entry:
-    """One function. `state` is "loading", "ready", "failed" or "removed"; `stored` and `attach` are there once it is ready.
+    """One function. `state` is "loading", "ready", "failed" or "removed"; `stored` and `attach` are there once it is loaded.
 
-    `lane_name` is what lanes call it: a function that is removed and declared again is another one to them.
+    `attached`: a lane has answered its attach, or never will. `fault`: what was found against it while it was loaded. `lane_name` is what lanes call
+    it: a function that is removed and declared again is another one to them.
     """
 
-    __slots__ = ("attach", "function", "lane_name", "loaded", "reason", "state", "stats", "stored")
+    __slots__ = ("attach", "attached", "fault", "function", "lane_name", "loaded", "reason", "state", "stats", "stored")
 
     def __init__(self, function: Function, generation: int) -> None:
         self.function = function
         self.lane_name = f"{function.key}@{generation}"
         self.state = "loading"
         self.reason = ""
+        self.fault: SluiceError | None = None
         self.stats = FunctionStats()
         self.loaded = asyncio.Event()
+        self.attached = asyncio.Event()
         self.stored: Stored
         self.attach: Attach
 
@@ -146,11 +155,13 @@ class Functions:
         self._owner.function_gone(entry)
 
     def break_off(self, entry: Entry, error: SluiceError) -> None:
-        """A ready function turned out not to work: it serves no more until it is declared again."""
+        """A function turned out not to work: it serves no more until it is declared again."""
         if self._entries.get(entry.function.key) is entry and entry.state == "ready":
             self._withdraw(entry)
             self._release(entry)
             self._fail(entry, error)
+        elif entry.state == "loading":
+            entry.fault = error
 
     async def repair(self, entry: Entry) -> None:
         """A lane died with this function: checks the stored weights, and reads them again for all who use them if they are damaged."""
@@ -169,20 +180,29 @@ class Functions:
         model = entry.function.model
         async with self._loading:
             stored = await self._store.find(model) or await self._read(model)
-        try:
-            if self._entries.get(entry.function.key) is not entry:
-                raise NotFound(f"{entry.function.key} was removed while it was loaded")
-            check_signature(stored.index.signature)
-            self._refuse(entry.function, stored.index.total_bytes)
-        except SluiceError:
-            self._store.release(stored)
-            raise
         entry.stored = stored
         entry.attach = Attach(entry.lane_name, stored.index_json, str(self._store.folder))
+        try:
+            check_signature(stored.index.signature)
+            self._refuse_late(entry)
+            await self._owner.prepare(entry)
+            self._refuse_late(entry)
+        except BaseException:
+            self._owner.forget(entry)
+            self._store.release(stored)
+            raise
         entry.state = "ready"
         entry.loaded.set()
         self._owner.handle(FunctionDeclared(entry.spec))
         self._owner.function_changed(entry)
+
+    def _refuse_late(self, entry: Entry) -> None:
+        """What may have come up against a function while it was loaded."""
+        if self._entries.get(entry.function.key) is not entry:
+            raise NotFound(f"{entry.function.key} was removed while it was loaded")
+        if entry.fault is not None:
+            raise entry.fault
+        self._refuse(entry.function, entry.stored.index.total_bytes)
 
     async def _read(self, model: ModelRef) -> Stored:
         """Has the loader read a model into the store; models that no function uses give way if the budget needs it."""

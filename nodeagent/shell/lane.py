@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import socket
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -54,6 +55,9 @@ class LaneOwner(Protocol):
     def attach_failed(self, entry: Entry, error: str) -> None:
         """It cannot make the function's module."""
 
+    def unpinned(self, lane: Lane, entry: Entry) -> None:
+        """It copies the function's weights slowly."""
+
 
 class LaneKeeper(Protocol):
     """Who sees to a lane's beginning and end."""
@@ -66,10 +70,15 @@ class LaneKeeper(Protocol):
 
 
 class Lane:
-    """`state` is "starting", "idle" or "ending"; `copies` holds what is under way: copy id -> (function, bytes arrived)."""
+    """`state` is "starting", "idle" or "ending"; `_copies` holds what is under way: copy id -> (function, bytes arrived).
+
+    `_attached` are the functions that the lane was told of, `_attaching` those of them for which it has not answered yet.
+    """
 
     __slots__ = (
+        "_ahead",
         "_attached",
+        "_attaching",
         "_copies",
         "_copy",
         "_keeper",
@@ -80,6 +89,7 @@ class Lane:
         "_retired",
         "_run",
         "_segments",
+        "_unpinned",
         "pid",
         "pidfd",
         "running",
@@ -100,6 +110,7 @@ class Lane:
         self.spec = spec
         self.state = "starting"
         self.pid = 0
+        """0 before it is known."""
         self.pidfd = -1
         self.running: Request | None = None
         self._page = page
@@ -108,6 +119,9 @@ class Lane:
         self._keeper = keeper
         self._prove_cap = prove_cap
         self._attached: dict[str, Entry] = {}
+        self._attaching: dict[str, Entry] = {}
+        self._unpinned: set[str] = set()
+        self._ahead: deque[Entry] = deque()
         self._retired: set[str] = set()
         self._segments: set[int] = set()
         self._copies: dict[int, tuple[Entry, int]] = {}
@@ -126,6 +140,8 @@ class Lane:
             self._run.close()
             self._copy.close()
             self._page.close()
+            for entry in self._attaching.values():
+                entry.attached.set()
             self._keeper.lane_closed(self, error)
 
     def kill(self) -> None:
@@ -141,6 +157,26 @@ class Lane:
         if self.running is not None:
             entries.add(self.running.entry)
         return entries
+
+    @property
+    def attached(self) -> int:
+        """How many functions it can copy and run at once."""
+        return len(self._attached) - len(self._attaching)
+
+    @property
+    def unpinned(self) -> int:
+        """How many of them it copies slowly."""
+        return len(self._unpinned)
+
+    def attach(self, entry: Entry) -> None:
+        """Makes a function known to the lane now; `entry.attached` says when that is done."""
+        self._attach(entry)
+        self._outbox.flush()
+
+    def attach_ahead(self, *entries: Entry) -> None:
+        """Makes functions known to the lane that nothing needs yet, in this order, each when the lane has no other to attach."""
+        self._ahead.extend(entries)
+        self._go_ahead()
 
     def begin(self, request: Request, command: events.Run) -> None:
         """Runs a request's batch; the function and the segment are made known to the lane first if they are not."""
@@ -192,9 +228,16 @@ class Lane:
             self._detach_retired()
 
     def _attach(self, entry: Entry) -> None:
-        if entry.lane_name not in self._attached:
-            self._attached[entry.lane_name] = entry
+        if entry.lane_name not in self._attached and self.state != "ending":
+            self._attached[entry.lane_name] = self._attaching[entry.lane_name] = entry
             self._outbox.add(self._copy, entry.attach, entry.stored.fd)
+
+    def _go_ahead(self) -> None:
+        while self._ahead and not self._attaching:
+            entry = self._ahead.popleft()
+            if entry.state == "ready":
+                self._attach(entry)
+        self._outbox.flush()
 
     def _detach_retired(self) -> None:
         if not self._retired or self.state == "ending":
@@ -203,6 +246,8 @@ class Lane:
         for name in self._retired - busy:
             self._retired.remove(name)
             del self._attached[name]
+            self._attaching.pop(name, None)
+            self._unpinned.discard(name)
             self._outbox.add(self._copy, Detach(name))
 
     def _on_run_message(self, message: Message, fds: list[int]) -> None:
@@ -241,10 +286,19 @@ class Lane:
     def _on_copy_message(self, message: Message, fds: list[int]) -> None:
         if isinstance(message, CopyProgress):
             self._on_progress(message)
-        elif isinstance(message, Attached) and message.error:
-            entry = self._attached.get(message.function)
-            if entry is not None:
+        elif isinstance(message, Attached):
+            self._on_attached(message)
+
+    def _on_attached(self, message: Attached) -> None:
+        entry = self._attaching.pop(message.function, None)
+        if entry is not None:
+            if message.error:
                 self._owner.attach_failed(entry, message.error)
+            elif not message.pinned:
+                self._unpinned.add(message.function)
+                self._owner.unpinned(self, entry)
+            entry.attached.set()
+        self._go_ahead()
 
     def _on_progress(self, message: CopyProgress) -> None:
         known = self._copies.get(message.copy)

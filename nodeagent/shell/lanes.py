@@ -70,10 +70,6 @@ class Lanes:
     def __getitem__(self, lane: int) -> Lane:
         return self._lanes[lane]
 
-    def pid(self, lane: int) -> int:
-        """The process of a lane, 0 before it is known."""
-        return self._lanes[lane].pid if lane in self._lanes else 0
-
     def __iter__(self) -> Iterator[Lane]:
         return iter(list(self._lanes.values()))
 

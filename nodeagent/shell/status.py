@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 
 from contracts.status import DeviceStatus, FunctionStatus, LaneStatus, NodeStatus
-from nodeagent.entities import Device
+from nodeagent.entities import Device, Lane
 from nodeagent.shell.functions import Entry, Functions
 from nodeagent.shell.hoststore import HostStore
 from nodeagent.shell.lanes import Lanes
@@ -37,11 +37,16 @@ def _device(device: Device, lanes: Lanes, slab: Slab) -> DeviceStatus:
         swapped_bytes=device.swapped_bytes,
         swaps=device.swaps,
         running_sm=device.running_sm,
-        lanes=tuple(LaneStatus(number, lane.sm_percent, lane.key[1], lanes.pid(number), lane.state.value) for number, lane in device.lanes.items()),
+        lanes=tuple(_lane(lane, lanes) for lane in device.lanes.values()),
         state="lost" if device.lost else "up",
         backend=slab.backend,
         why=slab.why,
     )
+
+
+def _lane(lane: Lane, lanes: Lanes) -> LaneStatus:
+    process = lanes[lane.number]
+    return LaneStatus(lane.number, lane.sm_percent, lane.key[1], process.pid, lane.state.value, process.attached, process.unpinned)
 
 
 def _function(entry: Entry, state: NodeState, now_ns: int) -> FunctionStatus:

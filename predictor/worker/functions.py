@@ -1,7 +1,7 @@
 """The functions attached to a lane: their mapped weights, and the torch module that functions of one program share.
 
-Three threads meet here: the copy thread attaches and detaches, a background thread makes functions ready, the main thread runs them. A program's
-module lives as long as a function needs it. Never runs a module.
+Four threads meet here: the copy thread attaches and detaches, one thread makes functions ready, one pins their weights, the main thread runs them. A
+run waits for the first two alone: pinning a large model takes seconds. A program's module lives as long as a function needs it. Never runs a module.
 """
 
 from __future__ import annotations
@@ -88,10 +88,11 @@ class Functions:
         self._functions: dict[str, Function] = {}
         self._programs: weakref.WeakValueDictionary[str, Program] = weakref.WeakValueDictionary()
         self._changed = threading.Condition()
-        self._work: queue.SimpleQueue[tuple[Function, Attach | None]] = queue.SimpleQueue()
+        self._unready: queue.SimpleQueue[tuple[Function, Attach | None]] = queue.SimpleQueue()
+        self._unpinned: queue.SimpleQueue[tuple[Function, bool]] = queue.SimpleQueue()
 
     def attach(self, message: Attach, weights_fd: int) -> None:
-        """Maps the weights (closing the descriptor), so that a copy may begin at once; `serve` does the rest. Replaces a function of that name."""
+        """Maps the weights (closing the descriptor), so that a copy may begin at once; `prepare` and `pin` do the rest. Replaces one of that name."""
         try:
             function = Function(message.function, _map(weights_fd, self._device.writable_host))
         finally:
@@ -99,28 +100,38 @@ class Functions:
         with self._changed:
             self._functions[message.function] = function
             self._changed.notify_all()
-        self._work.put((function, message))
+        self._unready.put((function, message))
 
     def detach(self, name: str) -> Function | None:
         """Forgets a function; its mapping, views and, if nobody else needs it, its module go with the last reference."""
         function = self._functions.pop(name, None)
         if function is not None:
             self._device.forget(function)
-            self._work.put((function, None))
+            self._unready.put((function, None))
         return function
 
-    def serve(self) -> None:
-        """Makes attached functions ready and lets detached ones go, one after another, for ever: the background thread."""
+    def prepare(self) -> None:
+        """Makes attached functions ready, one after another, for ever: a thread of its own."""
         while True:
-            function, message = self._work.get()
-            if message is None:
-                self._device.unpin(function.weights)
-            else:
+            function, message = self._unready.get()
+            if message is not None:
                 with self._bound.lifted():
                     self._make_ready(function, message)
-                if self._functions.get(function.name) is function:
-                    self._report(Attached(function.name, function.error.message if function.error else ""))
+            self._unpinned.put((function, message is not None))
             del function, message
+
+    def pin(self) -> None:
+        """Pins what was made ready, says that it is attached, and lets what is detached go, one after another, for ever: a thread of its own."""
+        while True:
+            function, attached = self._unpinned.get()
+            if not attached:
+                self._device.unpin(function.weights)
+            elif self._functions.get(function.name) is function:
+                if function.error is None:
+                    self._report(Attached(function.name, pinned=self._device.pin(function.weights)))
+                else:
+                    self._report(Attached(function.name, function.error.message))
+            del function
 
     def get(self, name: str) -> Function | None:
         """An attached function, ready or not."""
@@ -173,7 +184,6 @@ class Functions:
         with self._changed:
             function.program, function.error = program, error
             self._changed.notify_all()
-        self._device.pin(function.weights)
 
     def _program(self, function: Function, index: WeightIndex, store: Path) -> Program:
         if index.total_bytes != function.weights.numel():

@@ -1,7 +1,8 @@
 """The lane process: one SM cap on one device, one batch at a time. Receive, run, report.
 
-Owns the process, its two channels and its threads: the main thread serves the run channel, a second copies weights, a third makes attached functions
-ready, and where copies outlive the call that issues them, a fourth follows them. It obeys the agent and decides nothing; when that goes, so does it.
+Owns the process, its two channels and its threads: the main thread serves the run channel, a second copies weights, two more make attached functions
+ready and pin them, and where copies outlive the call that issues them, a fifth follows them. It obeys the agent and decides nothing; when that goes,
+so does it.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Lane:
         signal.signal(signal.SIGTERM, self._on_sigterm)
         torch.set_num_threads(self._spawn.threads)
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
-        threads = [self._serve_copies, self._functions.serve]
+        threads = [self._serve_copies, self._functions.prepare, self._functions.pin]
         if self._device.asynchronous:
             threads.append(self._swap.follow)
         for work in threads:

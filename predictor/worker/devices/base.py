@@ -86,8 +86,8 @@ class Device(Protocol):
     host_activations: bool
     """Whether what a batch allocates is memory of the process, so that RLIMIT_DATA bounds it."""
 
-    def pin(self, weights: torch.Tensor) -> None:
-        """Prepares mapped host weights (uint8) for fast copies, off the request path."""
+    def pin(self, weights: torch.Tensor) -> bool:
+        """Prepares mapped host weights (uint8) for fast copies, off the request path; False when it cannot: copies from them are right but slow."""
 
     def unpin(self, weights: torch.Tensor) -> None:
         """No copy of these weights will come any more; returns when none is under way."""

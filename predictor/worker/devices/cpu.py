@@ -122,9 +122,10 @@ class CpuDevice:
         self._peers: dict[str, torch.Tensor] = {}
         self._done = CpuEvent()
 
-    def pin(self, weights: torch.Tensor) -> None:
+    def pin(self, weights: torch.Tensor) -> bool:
         """Maps every page now, so that a copy meets no page fault."""
         _populate(weights, _MADV_POPULATE_READ)
+        return True
 
     def unpin(self, weights: torch.Tensor) -> None:
         """Nothing was pinned."""

@@ -167,10 +167,13 @@ class CudaDevice:
         self._bytes_per_s: dict[str, int] = {}
         self._note: Callable[[int], None] | None = None
 
-    def pin(self, weights: torch.Tensor) -> None:
+    def pin(self, weights: torch.Tensor) -> bool:
         """As Device.pin. Until then copies from these weights go through the driver's own staging memory."""
-        if weights.numel() and self._driver.register(weights):
+        if weights.numel():
+            if not self._driver.register(weights):
+                return False
             self._pinned.add(weights.data_ptr())
+        return True
 
     def unpin(self, weights: torch.Tensor) -> None:
         """As Device.unpin; waits for the copies that were issued before."""
