@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gpu_parts import caps, churn, swap
+from benchmarks.gpu_parts.fleet import weight_bytes
 from benchmarks.node_parts import latency, preemption, shares
 from benchmarks.node_parts.node import catalogued, running
 from benchmarks.result import Metric, Result
-from contracts.artifact import ALIGNMENT
 from contracts.functions import Function, FunctionClass, Share
 from contracts.units import GIB, MIB, MS
-from models import catalogue, networks
 from nodeagent.shell.nvml import Nvml
 
 _SEED = 7
@@ -102,7 +101,7 @@ _BARE = ("warm_ms", "graph_ms", "to_device_ms", "pinned_ms", "host_waits_ms")
 
 
 async def _swap(size: Size, bare: Bare) -> dict[str, Metric]:
-    largest = _weight_bytes(size.models[size.largest])
+    largest = weight_bytes(size.models[size.largest])
     sources = dict(size.models) | {"table": swap.table(min(512 * MIB, largest // 2))}
     async with running(largest, (size.device,), host_memory=16 * GIB) as node:
         found = await swap.measure(node, sources, size.largest, size.turns)
@@ -184,12 +183,6 @@ async def _churn(size: Size, _: object) -> dict[str, Metric]:
         "churn_failed": Metric(found.failed, "requests", 0),
         "churn_growth_mib": Metric((found.bytes_late - found.bytes_early) / MIB, "MiB", 32),
     }
-
-
-def _weight_bytes(source: str) -> int:
-    """A device of this size holds the model and nothing beside it."""
-    module = networks.construct(catalogue.parse(source).config)
-    return sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _used_bytes(device: str) -> int:

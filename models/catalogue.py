@@ -126,6 +126,11 @@ class Pretrained(msgspec.Struct, frozen=True):
     renamed: Mapping[str, str] = {}
     tokenizer: str = ""
 
+    @property
+    def installed(self) -> bool:
+        """Whether the package is there."""
+        return importlib.util.find_spec(self.package) is not None
+
     def path(self) -> Path:
         """Where the weights lie; Unavailable names the package that is missing."""
         return self._find(self.file)

@@ -100,9 +100,9 @@ def _texts(random: np.random.Generator, rows: int, vocabulary: int, limit: int, 
 
 
 def _tokens(texts: list[str], vocabulary: int) -> list[list[int]]:
-    """BERT's word pieces where the vocabulary is BERT's; else the text's bytes, since no other tokenizer comes as a package."""
+    """BERT's word pieces where the vocabulary is BERT's and its package is installed; else the text's bytes: no other tokenizer is a package."""
     minilm = catalogue.ENTRIES["minilm"]
-    if minilm.pretrained is not None and vocabulary == catalogue.Bert().vocab_size:
+    if minilm.pretrained is not None and minilm.pretrained.installed and vocabulary == catalogue.Bert().vocab_size:
         tokenizer = _tokenizer(str(minilm.pretrained.path().with_name("tokenizer.json")))
         return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
     return [[byte % vocabulary for byte in text.encode()] for text in texts]

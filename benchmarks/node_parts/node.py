@@ -22,7 +22,7 @@ from contracts.units import GIB, MIB, S
 from contracts.wire import Answer, FunctionInfo
 from nodeagent.shell.hoststore import store_folder
 from predictor.agent_client import AgentClient, Batch
-from predictor.segment import Array
+from predictor.segment import Array, Placement
 from predictor.tensors import NUMPY
 from sluice.control import Client
 from sluice.processes import Child, describe_exit
@@ -68,17 +68,22 @@ class Caller:
             self._changed.clear()
             await self._changed.wait()
 
-    async def call(self, key: str, *parts: Mapping[str, Array]) -> Reply:
-        """Runs one batch of these parts (input name -> array, rows first); the agent's error is raised."""
+    async def call(self, key: str, *parts: Mapping[str, Array], slo_deadline_ns: int | None = None) -> Reply:
+        """Runs one batch of these parts (input name -> array, rows first); the agent's error is raised, Unavailable if the segment has no room."""
         sent_ns = time.monotonic_ns()
+        timeout_ns = sent_ns + _TIMEOUT_NS
         signature = self._client.functions[key].signature
         assert signature is not None, "only a function that is ready is called"
         done: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        placements, rows = [], []
+        placements: list[Placement] = []
+        rows: list[int] = []
         for part in parts:
             sizes = signature.bind({spec.name: (spec.dtype, part[spec.name].shape) for spec in signature.inputs})
             placement = self._client.place([(spec, part[spec.name]) for spec in signature.inputs], signature.output_shapes(sizes))
-            assert placement is not None, "the segment is sized for the benchmark"
+            if placement is None:
+                for placed in placements:
+                    self._client.release(placed)
+                raise Unavailable("too many requests wait: the benchmark's segment is full")
             placements.append(placement)
             rows.append(sizes["batch"])
 
@@ -90,7 +95,7 @@ class Caller:
             else:
                 done.set_exception(outcome)
 
-        self._client.submit(Batch(key, placements, rows, sent_ns + _TIMEOUT_NS, sent_ns + _TIMEOUT_NS, on_done))
+        self._client.submit(Batch(key, placements, rows, slo_deadline_ns or timeout_ns, timeout_ns, on_done))
         try:
             answer = await done
             done_ns = time.monotonic_ns()
