@@ -111,7 +111,7 @@ def _mig(device: str, known: NvmlGpu) -> Check:
 def _limits(device: str, sm_backend: str, require_limits: bool, agent: tuple[str, ...]) -> Check:
     """Serves a small model on half of the SMs: whoever cannot prove that cap does not answer."""
     name, failed = f"{device} limits", FAIL if require_limits or sm_backend != "auto" else WARN
-    advice = "functions of less than 100 % of the SMs will be refused: is nvidia-cuda-mps-control installed, with a driver of CUDA 12.4 or later?"
+    advice = "functions of less than 100 % of the SMs will be refused: is nvidia-cuda-mps-control installed, with a driver of CUDA 12.5 or later?"
     try:
         with started(NodeOptions(device, _SLAB_BYTES, host_bytes=_SLAB_BYTES, sm_backend=sm_backend, agent=agent)) as session:
             status = session.status().devices[0]

@@ -24,7 +24,7 @@ from contracts.functions import FunctionClass
 from contracts.wire import LaneReady
 from nodeagent.shell.gpus import Gpu
 
-_GREEN_DRIVER = 12040
+_GREEN_DRIVER = 12050
 _GREEN_CAPABILITY = 6
 _TOLERANCE = 0.1
 _MPS_STEP = 2
@@ -143,7 +143,7 @@ def first_sm(limits: Limits, sms: int, taken: Sequence[tuple[int, int]]) -> int:
 
 def _no_green(gpu: Gpu) -> str:
     if gpu.driver < _GREEN_DRIVER:
-        return f"they need a driver of CUDA 12.4, this one is of {gpu.driver // 1000}.{gpu.driver % 1000 // 10}"
+        return f"they need a driver of CUDA 12.5, this one is of {gpu.driver // 1000}.{gpu.driver % 1000 // 10}"
     if gpu.capability[0] < _GREEN_CAPABILITY:
         return f"they need compute capability 6.0, this GPU has {gpu.capability[0]}.{gpu.capability[1]}"
     return ""

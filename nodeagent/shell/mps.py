@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from contracts.errors import Unavailable
 
@@ -32,7 +33,10 @@ _SERVER_S = 60.0
 _COMMAND_S = 10.0
 _QUIT_S = 5.0
 _POLL_S = 0.05
-_LOG_BYTES = 600
+_LOG = "control.log"
+_LOG_LINES = 8
+_EXITED = "exited with status"
+_CHATTER = ("Accepting connection", "NEW UI", "Cmd:", "UI closed")
 
 
 class MpsDaemon:
@@ -56,24 +60,23 @@ class MpsDaemon:
             raise Unavailable(f"{self._command[0]} is not there")
         self._command = (program, *self._command[1:])
         tether = (sys.executable, "-m", "nodeagent.shell.tether", *self._command, "-f")
-        pipe, null = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
-        self._tether = await asyncio.create_subprocess_exec(*tether, stdin=pipe, stdout=null, stderr=null, env=self._whole_environment())
+        pipe = asyncio.subprocess.PIPE
+        with self._open_log() as log:
+            self._tether = await asyncio.create_subprocess_exec(*tether, stdin=pipe, stdout=log, stderr=log, env=self._whole_environment())
         self._watch = self._loop.create_task(self._watch_tether(self._tether))
         try:
             await self._until(self._answers, _UP_S, "does not answer")
             await self._control(f"start_server -uid {os.geteuid()}")
             await self._until(self._has_server, _SERVER_S, "starts no server")
             await self._until(self._server_ready, _SERVER_S, "has a server that does not become ready")
+            self._watch_server()
         except Unavailable as error:
             raise Unavailable(f"{error.message}{self._last_words()}") from None
-        with contextlib.suppress(ProcessLookupError):
-            self._server_fd = os.pidfd_open(self._server)
-            self._loop.add_reader(self._server_fd, self._on_server_exit)
 
     async def faulted(self) -> bool:
-        """Whether a client's fatal error has taken all clients with it, or the daemon no longer says."""
+        """Whether a client's fatal error has taken all clients with it, or the daemon no longer knows of its server."""
         try:
-            return "FAULT" in (await self._control(f"get_server_status {self._server}")).upper()
+            return _is_lost(await self._control(f"get_server_status {self._server}"))
         except Unavailable:
             return True
 
@@ -152,14 +155,23 @@ class MpsDaemon:
 
     async def _has_server(self) -> bool:
         self._server = max(_numbers(await self._control("get_server_list")), default=0)
+        if not self._server and any(_EXITED in line for line in self._log_lines()):
+            raise Unavailable("the MPS server ended as it started")
         return self._server > 0
 
     async def _server_ready(self) -> bool:
         """A driver whose daemon does not know the question has no state to wait for."""
-        status = (await self._control(f"get_server_status {self._server}")).upper()
-        if "FAULT" in status:
-            raise Unavailable("the MPS server is faulty as it starts")
-        return "INITIALIZING" not in status
+        status = await self._control(f"get_server_status {self._server}")
+        if _is_lost(status):
+            raise Unavailable(f"the MPS server ended as it started ({status})")
+        return "INITIALIZING" not in status.upper()
+
+    def _watch_server(self) -> None:
+        try:
+            self._server_fd = os.pidfd_open(self._server)
+        except ProcessLookupError:
+            raise Unavailable("the MPS server ended as it started") from None
+        self._loop.add_reader(self._server_fd, self._on_server_exit)
 
     async def _watch_tether(self, process: asyncio.subprocess.Process) -> None:
         await process.wait()
@@ -170,14 +182,25 @@ class MpsDaemon:
         self.died.set()
 
     def _last_words(self) -> str:
-        """The end of its logs, which say why it failed."""
-        found = ""
-        for name in ("control.log", "server.log"):
-            with contextlib.suppress(OSError):
-                found += f"\n{name}: " + (self._folder / name).read_text(errors="replace")[-_LOG_BYTES:].strip()
-        return found
+        """The end of its log, which says why it failed, without what it says of each command."""
+        return "".join(f"\n{line}" for line in [line for line in self._log_lines() if not any(word in line for word in _CHATTER)][-_LOG_LINES:])
+
+    def _open_log(self) -> BinaryIO:
+        """In the foreground the daemon and its server log to their standard output and to no file."""
+        return open(self._folder / _LOG, "wb")
+
+    def _log_lines(self) -> list[str]:
+        try:
+            return (self._folder / _LOG).read_text(errors="replace").splitlines()
+        except OSError:
+            return []
+
+
+def _is_lost(status: str) -> bool:
+    """A server that has failed goes by itself, and then "Server 123 not found" is all that is said of it."""
+    return "FAULT" in status.upper() or "NOT FOUND" in status.upper()
 
 
 def _numbers(text: str) -> set[int]:
-    """Process ids, one a line."""
-    return {int(line) for line in text.split() if line.isdecimal()}
+    """Process ids, one a line; what else is said holds a number, too."""
+    return {int(line) for line in text.splitlines() if line.strip().isdecimal()}

@@ -2,7 +2,8 @@
 
 Real processes and sockets in the pipe directory. A client of the server is who connects to `server` there and says its process id; the end of that
 connection is to it what the loss of the GPU context is to a real one. SIGUSR1 to the server is a client's fatal fault: all clients are lost.
-What FAKE_MPS says: `broken` does not start, `stuck` starts a server that never becomes ready.
+In the foreground it logs to its standard output; what it says was written down from the program of driver 550 on a machine without a GPU.
+What FAKE_MPS says: `broken` does not start, `stuck` starts a server that never becomes ready, `blind` one that finds no GPU and ends.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ import threading
 from pathlib import Path
 
 PIPE = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
+
+
+def log(text: str) -> None:
+    print(f"[2026-01-01 00:00:00.000 Control {os.getpid()}] {text}", flush=True)
 
 
 def listen(name: str) -> socket.socket:
@@ -89,18 +94,21 @@ class Daemon:
         self.server: subprocess.Popen[bytes] | None = None
 
     def serve(self) -> None:
-        (PIPE / "control.log").write_text(f"daemon {os.getpid()} of {os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
+        log("Starting control daemon")
         sock = listen("control")
         while True:
             peer, _ = sock.accept()
             with peer, peer.makefile() as lines:
                 for line in lines:
-                    (PIPE / "commands.log").open("a").write(line)
+                    log(f"Cmd:{line.strip()}")
                     peer.sendall(self.carry_out(*line.split()).encode())
 
     def carry_out(self, word: str = "", *arguments: str) -> str:
         if word == "start_server" and self.server is None:
             self.server = subprocess.Popen([sys.executable, __file__, "--server"])
+            if os.environ.get("FAKE_MPS") == "blind":
+                log(f"Server {self.server.pid} exited with status {self.server.wait()}")
+                self.server = None
             return ""
         if word == "quit":
             if self.server is not None:
@@ -111,10 +119,8 @@ class Daemon:
             return ""
         if word == "get_server_list":
             return f"{self.server.pid}\n"
-        if int(arguments[0]) != self.server.pid:
-            return "Server not found\n"
-        if self.server.poll() is not None:
-            return "Server is gone\n"
+        if int(arguments[0]) != self.server.pid or self.server.poll() is not None:
+            return f"Server {arguments[0]} not found\n"
         if word == "get_server_status":
             return ask("server", "status") + "\n"
         if word == "get_client_list":
@@ -122,15 +128,18 @@ class Daemon:
         if word == "terminate_client":
             ask("server", f"terminate {arguments[1]}")
             return ""
-        return f"unknown command {word}\n"
+        return f'Unknown command "{word}"\n'
 
 
 def main() -> int:
     if "--server" in sys.argv:
+        if os.environ.get("FAKE_MPS") == "blind":
+            log("Failed to start : no CUDA-capable device is detected")
+            return 1
         Server().serve()
     if "-f" in sys.argv:
         if os.environ.get("FAKE_MPS") == "broken":
-            (PIPE / "control.log").write_text("Failed to start: the fake is broken\n")
+            log("Failed to start: the fake is broken")
             return 1
         Daemon().serve()
     for line in sys.stdin:

@@ -13,7 +13,7 @@ from nodeagent.shell.backends import Backend, Limits, Unproven, choose, first_sm
 from nodeagent.shell.gpus import Gpu
 
 H100 = Gpu("GPU-1", "H100", 132, (9, 0), 80 << 30, 13010, "0000:01:00.0")
-A100 = Gpu("GPU-1", "A100", 108, (8, 0), 80 << 30, 12040, "0000:01:00.0")
+A100 = Gpu("GPU-1", "A100", 108, (8, 0), 80 << 30, 12050, "0000:01:00.0")
 V100 = Gpu("GPU-1", "V100", 80, (7, 0), 16 << 30, 12030, "0000:01:00.0")
 LS, BE = FunctionClass.LATENCY_SENSITIVE, FunctionClass.BEST_EFFORT
 
@@ -36,7 +36,7 @@ def test_the_best_that_is_there_is_chosen(gpu: Gpu, no_mps: str, asked: str, bac
 def test_what_was_asked_for_and_is_not_there_is_an_error() -> None:
     with pytest.raises(Unavailable, match="cannot be had on H100: no binary"):
         choose(H100, "no binary", "mps")
-    with pytest.raises(Unavailable, match=r"they need a driver of CUDA 12\.4, this one is of 12\.3"):
+    with pytest.raises(Unavailable, match=r"they need a driver of CUDA 12\.5, this one is of 12\.3"):
         choose(V100, "", "green")
     with pytest.raises(InvalidValue, match="sm-backend"):
         choose(H100, "", "partitions")

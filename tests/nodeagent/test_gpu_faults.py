@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 
@@ -16,67 +15,13 @@ from contracts.functions import Share
 from contracts.units import S
 from contracts.wire import Answer, Failed
 from tests.fakes import gpu
-from tests.faults.census import alive, command
+from tests.faults.census import alive
 from tests.nodeagent.fake_worker import FAST_SM, LYING_SM, STILLBORN_SM
-from tests.nodeagent.node import Control, Node, Predictor, eventually, function
+from tests.nodeagent.gpus import ROWS, Gpus
+from tests.nodeagent.node import Node, eventually, function
 
-ROWS = np.arange(8, dtype="<f4").reshape(2, 4)
 WHOLE = Share(100, 1000)
 HALF = Share(50, 1000)
-
-
-class Gpus:
-    """An agent on fake GPUs, its connections, and its processes by what they are."""
-
-    def __init__(self, node: Node) -> None:
-        self.node = node.ready()
-        self.control = Control(node.run_dir)
-        self.control.grant()
-        self.predictor = Predictor(node.run_dir)
-
-    def find(self, *words: str) -> list[psutil.Process]:
-        """Its processes whose command lines hold all of these words."""
-        return [child for child in self.node.children() if alive(child) and all(word in " ".join(command(child)) for word in words)]
-
-    def lanes(self) -> list[int]:
-        """The processes of its lanes."""
-        return [lane.pid for device in self.control.status().devices for lane in device.lanes if lane.pid]
-
-    def state(self, device: int = 0) -> str:
-        """Of a device."""
-        return self.control.status().devices[device].state
-
-    def back(self) -> bool:
-        """Every device is up and serves again."""
-        return all(device.state == "up" for device in self.control.status().devices)
-
-    def answers(self, key: str, value: float) -> bool:
-        """Whether a function is answered, and rightly. Meanwhile a request may be refused, but then it is so once and for all."""
-        batch = self.predictor.submit(key, ROWS, timeout_ns=60 * S)
-        if not isinstance(self.predictor.outcome(batch), Answer):
-            return False
-        np.testing.assert_array_equal(self.predictor.result(batch)[0], ROWS + value)
-        return True
-
-
-@pytest.fixture
-def gpus(start: Callable[..., Node]) -> Iterator[Callable[..., Gpus]]:
-    """Starts an agent on fake GPUs; at the end nothing of it may be left."""
-    started: list[Gpus] = []
-
-    def start_gpus(*arguments: str, memory: str = "8Mi") -> Gpus:
-        arguments = arguments if "--device" in arguments else ("--device", "cuda:0", *arguments)
-        started.append(Gpus(start(*arguments, module="tests.fakes.gpu_agent", memory=memory)))
-        return started[-1]
-
-    yield start_gpus
-    for each in started:
-        if each.node.process.poll() is None:
-            children = each.node.children()
-            each.predictor.close()
-            assert each.node.terminate() == 0, each.node.read_log()
-            assert not [child for child in children if alive(child)], "orphans are left"
-            assert not list(each.node.run_dir.glob("mps-*")), "a daemon's folder is left"
 
 
 def test_functions_run_in_lanes_that_the_driver_holds_to_their_size(gpus: Callable[..., Gpus]) -> None:
@@ -158,7 +103,7 @@ def test_a_lane_that_hangs_is_terminated_at_the_server_before_it_is_killed(gpus:
     assert isinstance(outcome, Failed)
     assert agent.answers("default/good", 2)
     (pipe,) = agent.node.run_dir.glob("mps-*")
-    assert f"terminate_client {agent.find('mps_control.py', '--server')[0].pid} {lane}" in (pipe / "commands.log").read_text()
+    assert f"terminate_client {agent.find('mps_control.py', '--server')[0].pid} {lane}" in (pipe / "control.log").read_text()
     assert "is lost (" not in agent.node.read_log()
 
 

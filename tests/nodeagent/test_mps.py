@@ -93,6 +93,10 @@ async def test_a_fault_is_found_by_asking_and_a_daemon_that_has_gone_counts_as_o
         server.send_signal(signal.SIGUSR1)
         assert lost.wait(60) == 1
     assert await daemon.faulted()
+    server.kill()
+    await asyncio.wait_for(daemon.died.wait(), 60)
+    assert await daemon.faulted()
+    assert await daemon.clients() == set()
     await daemon.stop()
     assert await daemon.faulted()
 
@@ -100,6 +104,7 @@ async def test_a_fault_is_found_by_asking_and_a_daemon_that_has_gone_counts_as_o
 FAILURES = {
     "one that is not there": (("no-such-control",), "", "no-such-control is not there"),
     "one that ends as it starts": (CONTROL, "broken", "the fake is broken"),
+    "one whose server finds no GPU": (CONTROL, "blind", "ended as it started[^$]*no CUDA-capable device is detected"),
     "one whose server does not become ready": (CONTROL, "stuck", "has a server that does not become ready"),
 }
 

@@ -32,6 +32,14 @@ def split(first_sm: int, sms: int, priority: int) -> Partition:
         cu = importlib.import_module("cuda.bindings.driver")
     except ImportError as error:
         raise Unavailable(f"green contexts need the cuda-bindings package ({error})") from None
+    try:
+        return _split(cu, first_sm, sms, priority)
+    except RuntimeError as error:
+        # The package's word for a call that the driver does not have.
+        raise Unavailable(f"this driver has no green contexts ({error})") from None
+
+
+def _split(cu: Any, first_sm: int, sms: int, priority: int) -> Partition:
     device = _checked(cu.cuDeviceGet(0))
     whole = _checked(cu.cuDeviceGetDevResource(device, cu.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM))
     major = _checked(cu.cuDeviceGetAttribute(cu.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device))

@@ -6,7 +6,6 @@ Owns the process's context: which stream computes, which copies, what was export
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import mmap
 import os
 import sys
@@ -20,20 +19,14 @@ from contracts.errors import Unavailable
 from contracts.functions import FunctionClass
 from predictor.worker.devices import green
 from predictor.worker.devices.driver import Event, Graph, Stream
+from predictor.worker.devices.libcuda import READ_ONLY, LibCuda
 
 _T = TypeVar("_T")
-_REGISTER_READ_ONLY = 8
-"""cudaHostRegisterReadOnly: without it, memory that the CPU may only read cannot be registered."""
 _ERROR_MEMORY_ALLOCATION = 2
-_AFFINITY_SM_COUNT = 0
+_CAPTURE_ERRORS = range(900, 909)
+"""cudaErrorStreamCapture...: they break the capture and not the context."""
 _OCCUPY_ELEMENTS = 1 << 24
 _PRIORITY = {FunctionClass.LATENCY_SENSITIVE: -1, FunctionClass.BEST_EFFORT: 0}
-
-
-class _Affinity(ctypes.Structure):
-    """CUexecAffinityParam; longer than it is today, since it ends in a union."""
-
-    _fields_ = (("kind", ctypes.c_int), ("sm_count", ctypes.c_uint), ("room", ctypes.c_uint * 14))
 
 
 class TorchCuda:
@@ -47,6 +40,10 @@ class TorchCuda:
         self._total_bytes: int = properties.total_memory
         self._device = torch.device("cuda", 0)
         self._beat = torch.zeros(1, device=self._device)
+        self._cuda = LibCuda()
+        self._operands: list[torch.Tensor] = []
+        self._cannot_pin = False
+        self._capturing: list[torch.cuda.CUDAGraph] = []
         self._pool = torch.cuda.graph_pool_handle()
         self._partition: green.Partition | None = None
         self.compute: Stream
@@ -56,7 +53,7 @@ class TorchCuda:
             self.sms = self._partition.sms
         else:
             self.compute = torch.cuda.Stream(self._device, priority=_PRIORITY[cls])
-            self.sms = min(properties.multi_processor_count, _affinity_sms() or properties.multi_processor_count)
+            self.sms = min(properties.multi_processor_count, self._cuda.affinity_sms() or properties.multi_processor_count)
         self.copies: Stream = torch.cuda.Stream(self._device)
         self.registers_read_only = self._try_read_only()
         torch.cuda.set_stream(self.compute)
@@ -100,9 +97,10 @@ class TorchCuda:
 
     def register(self, memory: torch.Tensor) -> bool:
         """As Driver.register."""
-        code = self._register(memory, _REGISTER_READ_ONLY if self.registers_read_only else 0)
-        if code:
-            print(f"host memory cannot be pinned (cudaHostRegister: error {code}); swaps from it are slow", file=sys.stderr)
+        code = self._register(memory, READ_ONLY if self.registers_read_only else 0)
+        if code and not self._cannot_pin:
+            self._cannot_pin = True
+            print(f"host memory cannot be pinned (cuMemHostRegister: error {code}); swaps from it are slow", file=sys.stderr)
         return code == 0
 
     def _try_read_only(self) -> bool:
@@ -111,18 +109,18 @@ class TorchCuda:
         os.ftruncate(fd, mmap.PAGESIZE)
         page = torch.frombuffer(mmap.mmap(fd, mmap.PAGESIZE, prot=mmap.PROT_READ), dtype=torch.uint8)
         os.close(fd)
-        if self._register(page, _REGISTER_READ_ONLY):
+        if self._register(page, READ_ONLY):
             return False
         self.unregister(page)
         return True
 
     def _register(self, memory: torch.Tensor, flags: int) -> int:
         """The driver's error code, 0 for success."""
-        return int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), flags))
+        return self._cuda.register(memory.data_ptr(), memory.numel(), flags)
 
     def unregister(self, memory: torch.Tensor) -> None:
         """As Driver.unregister."""
-        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+        self._cuda.unregister(memory.data_ptr())
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         """As Driver.pinned."""
@@ -146,8 +144,10 @@ class TorchCuda:
 
         A product of matrices would be bounded by power, and a small lane, whose clock is then higher, would seem larger than it is.
         """
-        order, argument = (torch.tensor(value, device=self._device).expand(_OCCUPY_ELEMENTS) for value in (19.0, 20.0))
-        torch.igamma(order, argument)
+        if not self._operands:
+            # Once: a value that is copied to the device makes it wait for the host, and would be measured, too.
+            self._operands = [torch.full((1,), value, device=self._device).expand(_OCCUPY_ELEMENTS) for value in (19.0, 20.0)]
+        torch.igamma(*self._operands)
 
     def warm(self) -> None:
         """As Driver.warm: cuBLAS and cuDNN."""
@@ -169,19 +169,24 @@ class TorchCuda:
         """As Driver.capture. All graphs share one pool: none is replayed before the outputs of the one before it were fetched."""
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        self._capturing.append(graph)
         try:
             # So that torch itself refuses to wait, before CUDA does: that would break the capture.
             torch.cuda.set_sync_debug_mode("error")
             result = run()
         except BaseException:
-            # The allocator must know that the capture has ended, even where the failure that is on its way up broke it.
             with contextlib.suppress(RuntimeError):
-                graph.capture_end()
+                self._end_capture(graph)
             raise
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        graph.capture_end()
+        self._end_capture(graph)
         return graph, result
+
+    def _end_capture(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Of a capture that is broken the allocator never hears that it ended, and it goes on asking the graph, which has to stay then."""
+        graph.capture_end()
+        self._capturing.remove(graph)
 
     def alive(self) -> bool:
         """As Driver.alive: has the device do something, since a wait for nothing may well succeed."""
@@ -194,16 +199,6 @@ class TorchCuda:
         return True
 
     def survives(self, failure: BaseException) -> bool:
-        """As Driver.survives. An error of CUDA's own that is not one of memory is never survived, whatever the device says."""
-        if isinstance(failure, torch.AcceleratorError) and getattr(failure, "error_code", None) != _ERROR_MEMORY_ALLOCATION:
-            return False
-        return self.alive()
-
-
-def _affinity_sms() -> int:
-    """The SMs that the current context is limited to, as the driver says it; 0 where it knows no such limit."""
-    found = _Affinity()
-    libcuda: Any = ctypes.CDLL("libcuda.so.1")
-    if not hasattr(libcuda, "cuCtxGetExecAffinity") or libcuda.cuCtxGetExecAffinity(ctypes.byref(found), _AFFINITY_SM_COUNT):
-        return 0
-    return int(found.sm_count)
+        """As Driver.survives. An error of CUDA's own is not survived, whatever the device says, unless it is one of memory or of a capture."""
+        code = getattr(failure, "error_code", None) if isinstance(failure, torch.AcceleratorError) else _ERROR_MEMORY_ALLOCATION
+        return (code == _ERROR_MEMORY_ALLOCATION or code in _CAPTURE_ERRORS) and self.alive()
