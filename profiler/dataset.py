@@ -9,6 +9,7 @@ import numpy.typing as npt
 from profiler.device import DeviceFacts
 from profiler.estimator import ModelSamples
 from profiler.points import Point, Points
+from profiler.visits import Pooled, pooled
 
 LATENCY = "latency_mean_ms"
 
@@ -19,7 +20,7 @@ def device_key(facts: DeviceFacts) -> str:
 
 
 def samples_of(
-    name: str, facts: DeviceFacts, points: Sequence[Point], statistic: str = LATENCY, features: npt.ArrayLike | None = None
+    name: str, facts: DeviceFacts, points: Sequence[Pooled], statistic: str = LATENCY, features: npt.ArrayLike | None = None
 ) -> ModelSamples:
     """The points (maybe none) of one model on one device, by one of the table's latency columns."""
     return ModelSamples(
@@ -30,6 +31,7 @@ def samples_of(
         quota_percent=[point.quota_percent for point in points],
         latency_ms=[getattr(point, statistic) for point in points],
         features=features,
+        spread=[point.spread for point in points],
     )
 
 
@@ -41,5 +43,5 @@ def population(table: Points, statistic: str = LATENCY) -> list[ModelSamples]:
     found = []
     for (function, _, device), points in groups.items():
         quiet = [point for point in points if not point.beside_load]
-        found.append(samples_of(function, table.header.devices[device], quiet or points, statistic))
+        found.append(samples_of(function, table.header.devices[device], pooled(quiet or points), statistic))
     return found

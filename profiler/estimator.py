@@ -37,7 +37,8 @@ class ModelSamples:
     """Measurements of one model on one device: equal-length arrays of configurations and latencies in ms (none at all is allowed for prediction).
 
     The latency may be any statistic (a mean, a p99), the same for all. `features` is the graph's vector, of one length throughout a population;
-    models whose graphs are alike are expected to be alike.
+    models whose graphs are alike are expected to be alike. `spread`: standard errors of the latencies' logarithms, where repetition tells them (0
+    where not); a fit of a population takes all measurements for equally good.
     """
 
     name: str
@@ -47,6 +48,7 @@ class ModelSamples:
     quota_percent: npt.ArrayLike = ()
     latency_ms: npt.ArrayLike = ()
     features: npt.ArrayLike | None = None
+    spread: npt.ArrayLike = ()
 
     def rows(self) -> Array:
         """Configurations (n, 3); InvalidValue names the model and what is wrong with them."""
@@ -64,6 +66,15 @@ class ModelSamples:
         if wrong.any():
             raise InvalidValue(f"model {self.name!r}: latencies must be finite and above 0", key="latency_ms", value=float(found[wrong][0]))
         return np.log(found)
+
+    def errors(self) -> Array:
+        """The spreads (n,), 0 where there are none; InvalidValue for one that is negative or no number, or a wrong length."""
+        found = np.atleast_1d(np.asarray(self.spread, dtype=np.float64))
+        if not found.size:
+            return np.zeros(len(self.rows()))
+        if found.shape != (len(self.rows()),) or not (np.isfinite(found) & (found >= 0)).all():
+            raise InvalidValue(f"model {self.name!r}: a spread of 0 or more for each latency", key="spread", value=found.tolist())
+        return found
 
     def graph(self) -> Array | None:
         """The features as a vector (f,); InvalidValue when one is no finite number."""
@@ -91,7 +102,8 @@ class Prediction:
 class ModelEstimate:
     """What is known about one model on one device, after its probes."""
 
-    def __init__(self, name: str, population: Population, probes: tuple[Array, Array], features: Array | None) -> None:
+    def __init__(self, name: str, population: Population, probes: tuple[Array, Array, Array], features: Array | None) -> None:
+        """`probes`: rows (n, 3), log latencies (n,) and their standard errors (n,)."""
         self.name = name
         self._population = population
         self._lattice = population.belief.lattice
@@ -101,7 +113,7 @@ class ModelEstimate:
     @cached_property
     def _posterior(self) -> Posterior:
         """Of a model that is like some of the population more than like others."""
-        return condition(self._population.like(*self._probes, self._features), *self._probes)
+        return condition(self._population.like(*self._probes[:2], self._features), *self._probes)
 
     @cached_property
     def _open(self) -> Posterior:
@@ -149,7 +161,7 @@ class Estimator:
         if not samples:
             raise InvalidValue("there is nothing to learn from: no measured models")
         for model in samples:
-            if not len(model.log_latency()):
+            if not len(model.errors()):
                 raise InvalidValue(f"model {model.name!r} has no measurements on device {model.device!r}: leave it out, or measure it")
         beliefs = {}
         for device in sorted({model.device for model in samples}):
@@ -159,11 +171,11 @@ class Estimator:
 
     def condition(self, probes: ModelSamples) -> ModelEstimate:
         """What the probes (maybe none) say about a model, known or not."""
-        rows, log_latency = probes.rows(), probes.log_latency()
+        measured = probes.rows(), probes.log_latency(), probes.errors()
         population = self.beliefs.get(probes.device)
         if population is None:
-            population = Population.without_members(physics(Lattice.over([]), rows, log_latency))
-        return ModelEstimate(probes.name, population, (rows, log_latency), probes.graph())
+            population = Population.without_members(physics(Lattice.over([]), *measured))
+        return ModelEstimate(probes.name, population, measured, probes.graph())
 
     def save(self, path: Path) -> None:
         """Writes arrays and a JSON header (npz), whole or not at all."""

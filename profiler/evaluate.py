@@ -137,7 +137,7 @@ def _folds(samples: Sequence[ModelSamples]) -> Iterator[tuple[list[ModelSamples]
 def _part(model: ModelSamples, index: Any) -> ModelSamples:
     rows = model.rows()[index]
     latency_ms = np.exp(model.log_latency()[index])
-    return replace(model, batch=rows[:, 0], sm_percent=rows[:, 1], quota_percent=rows[:, 2], latency_ms=latency_ms)
+    return replace(model, batch=rows[:, 0], sm_percent=rows[:, 1], quota_percent=rows[:, 2], latency_ms=latency_ms, spread=model.errors()[index])
 
 
 def _relative(predicted_ms: Array, unseen: ModelSamples) -> Array:

@@ -174,18 +174,18 @@ def charging(lattice: Lattice) -> Belief:
     return replace(prior, mean=mean, covariance=covariance, host_noise=prior.device_noise, charged=True)
 
 
-def physics(lattice: Lattice, rows: Array, log_latency: Array) -> Belief:
+def physics(lattice: Lattice, rows: Array, log_latency: Array, errors: Array | None = None) -> Belief:
     """What is believed of a device of which no model was learnt from: a node that charges device time, unless the measurements speak against it.
 
-    They also say how far they spread: the mean over the sizes, each as likely as it makes them.
+    They also say how far they spread beyond their own `errors` (n,): the mean over the sizes, each as likely as it makes them.
     """
     believed = charging(lattice), untrained(lattice)
     if not len(rows):
         return believed[0]
-    points = Points.at(lattice, rows)
+    points, own = Points.at(lattice, rows), np.zeros(len(rows)) if errors is None else errors**2
     spreads = np.log(np.array(_NOISES) / _NOISE) / _NOISE_WIDTH
     evidence = np.array(
-        [[_evidence(replace(each, device_noise=sd, host_noise=sd), points, log_latency - points.beyond) for sd in _NOISES] for each in believed]
+        [[_evidence(replace(each, device_noise=sd, host_noise=sd), points, log_latency - points.beyond, own) for sd in _NOISES] for each in believed]
     )
     likely = np.exp(evidence - evidence.max() - 0.5 * spreads**2)
     best = int(np.argmax(likely.sum(axis=1)))
@@ -208,8 +208,12 @@ def parts(lattice: Lattice) -> tuple[slice, slice, slice]:
     return slice(0, device), slice(device, device + nq), slice(device + nq, device + nq + nb * nq)
 
 
-def condition(prior: Belief, rows: Array, log_latency: Array) -> Posterior:
-    """What the measurements at the rows (n, 3), maybe none, say on the whole lattice."""
+def condition(prior: Belief, rows: Array, log_latency: Array, errors: Array | None = None) -> Posterior:
+    """What the measurements at the rows (n, 3), maybe none, say on the whole lattice.
+
+    `errors` (n,): what is known of each one's own standard error, beside the spread that the belief expects of all; the next measurement is taken to
+    be as good as these.
+    """
     everywhere = Points.at(prior.lattice, prior.lattice.rows())
     maps = everywhere.maps(prior)
     if not len(rows):
@@ -217,18 +221,22 @@ def condition(prior: Belief, rows: Array, log_latency: Array) -> Posterior:
         return Posterior(blend.value, _prior_covariance(prior, everywhere, blend), blend.noise(prior))
     points = Points.at(prior.lattice, rows)
     target = log_latency - points.beyond
-    weights, blend, total = _solve(prior, points, target)
+    own = np.zeros(len(rows)) if errors is None else errors**2
+    weights, blend, total = _solve(prior, points, target, own)
     # In terms of the measurements: unknowns = mean + K slope' weights, session = S (1 - part) weights.
     unknowns = prior.mean + prior.covariance @ (blend.slope.T @ weights)
     session = prior.session.covariance(everywhere, points) * (1 - blend.part)
     found = Blend.of(maps[0] @ unknowns, maps[1] @ unknowns + session @ weights, maps)
     shared = found.slope @ (prior.covariance @ blend.slope.T) + (1 - found.part)[:, None] * session
     covariance = _prior_covariance(prior, everywhere, found) - shared @ np.linalg.solve(total, shared.T)
-    return Posterior(found.value, covariance, found.noise(prior))
+    return Posterior(found.value, covariance, found.noise(prior) + np.median(own))
 
 
-def _solve(prior: Belief, points: Points, target: Array) -> tuple[Array, Blend, Array]:
-    """Gauss-Newton in the space of the measurements: weights (n,), the law there, and the measurements' covariance (n, n)."""
+def _solve(prior: Belief, points: Points, target: Array, own: Array) -> tuple[Array, Blend, Array]:
+    """Gauss-Newton in the space of the measurements: weights (n,), the law there, and the measurements' covariance (n, n).
+
+    `own` (n,): what each one's variance is above the belief's noise.
+    """
     maps = points.maps(prior)
     device, host = maps[0] @ prior.mean, maps[1] @ prior.mean
     start, session = (device, host), prior.session.covariance(points, points)
@@ -237,7 +245,7 @@ def _solve(prior: Belief, points: Points, target: Array) -> tuple[Array, Blend, 
     for step in range(_STEPS):
         blend = Blend.of(device, host, maps, _SHARPNESS[min(step, len(_SHARPNESS) - 1)])
         part, rest = blend.part, 1 - blend.part
-        noise = blend.noise(prior)
+        noise = blend.noise(prior) + own
         if step >= len(_SHARPNESS):
             noise = noise * (_DEGREES + (target - blend.value) ** 2 / noise) / (_DEGREES + 1)
         spread = through[0] * part + through[1] * rest
@@ -258,9 +266,9 @@ def _solve(prior: Belief, points: Points, target: Array) -> tuple[Array, Blend, 
     return weights, blend, total
 
 
-def _evidence(prior: Belief, points: Points, target: Array) -> float:
+def _evidence(prior: Belief, points: Points, target: Array, own: Array) -> float:
     """Logarithm of the measurements' density, but for a constant, with the law linear about their explanation."""
-    weights, _, total = _solve(prior, points, target)
+    weights, _, total = _solve(prior, points, target, own)
     return -0.5 * float(weights @ total @ weights + np.linalg.slogdet(total)[1])
 
 

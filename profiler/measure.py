@@ -1,7 +1,8 @@
-"""One point: a function's latency in one configuration, through the agent and a real lane.
+"""One visit to a point: a function's latency in one configuration, through the agent and a real lane.
 
 Owns how a point is measured: the share set live with the quota as the limit, so that it binds; batches one at a time, the next at the answer; the
-account brought to its steady state first; as many samples as their spread asks for. Knows no grid and writes nothing.
+account brought to its steady state first; as many samples as their spread asks for. And how fast the machine is just now. Knows no grid and writes
+nothing.
 """
 
 from __future__ import annotations
@@ -23,21 +24,22 @@ from profiler.session import Caller, Session
 
 _WARM_UP = 2
 _LEAST_BP = 1
+_REFERENCE_FEWEST, _REFERENCE_ENOUGH, _REFERENCE_NS = 3, 15, S // 6
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How many batches a point takes: until the standard error of the mean latency is below `spread` of it.
+    """How many batches a visit to a point takes: until the standard error of the mean latency is below `spread` of it.
 
-    At least `enough` batches, or as many as fit `seconds`, and no fewer than `fewest`; but after `most_seconds` two will do, whatever their spread:
-    under a small quota a batch takes minutes, and hardly anything of that is chance.
+    At least `enough` batches, or as many as fit `seconds`, and no fewer than `fewest`; but after `most_seconds` those that there are will do,
+    whatever their spread: under a small quota a batch takes minutes, and hardly anything of that is chance.
     """
 
-    spread: float = 0.01
-    fewest: int = 4
-    enough: int = 100
-    seconds: float = 1.0
-    most_seconds: float = 10.0
+    spread: float = 0.02
+    fewest: int = 3
+    enough: int = 35
+    seconds: float = 0.35
+    most_seconds: float = 3.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +81,9 @@ class _Samples:
 
     def suffice(self, sampling: Sampling) -> bool:
         count, passed_s = len(self.latency_ns), sum(self.latency_ns) / S
-        if passed_s >= sampling.most_seconds and count >= 2:
+        if passed_s >= sampling.most_seconds:
             return True
-        if count < sampling.fewest or (count < sampling.enough and passed_s < sampling.seconds):
+        if count < max(2, sampling.fewest) or (count < sampling.enough and passed_s < sampling.seconds):
             return False
         error_ns = statistics.stdev(self.latency_ns) / math.sqrt(count)
         return error_ns <= sampling.spread * statistics.fmean(self.latency_ns)
@@ -103,6 +105,16 @@ def measure(session: Session, caller: Caller, key: str, config: Config, sampling
     rest(samples.run_ns[-1] / S)
     service_ns = [took - queued for took, queued in zip(samples.latency_ns, samples.queue_ns, strict=True)]
     return Measured(len(service_ns), Spread.of(samples.latency_ns), Spread.of(service_ns), statistics.fmean(samples.run_ns) / MS)
+
+
+def reference_ms(session: Session, caller: Caller, key: str) -> float:
+    """The machine's speed now: the median GPU time of the caller's batch on the whole device, over some batches or a sixth of a second."""
+    session.set_share(key, Share.of(100, 100))
+    caller.call()
+    run_ns: list[int] = []
+    while len(run_ns) < _REFERENCE_FEWEST or (len(run_ns) < _REFERENCE_ENOUGH and sum(run_ns) < _REFERENCE_NS):
+        run_ns.append(caller.call()[0].run_ns)
+    return statistics.median(run_ns) / MS
 
 
 def _settle(session: Session, caller: Caller, key: str, share: Share) -> None:

@@ -11,7 +11,8 @@ from contracts.functions import Function
 from profiler.dataset import samples_of
 from profiler.device import DeviceFacts
 from profiler.estimator import Estimator
-from profiler.points import Config, Point
+from profiler.points import Config
+from profiler.visits import Pooled
 
 _INTERVAL = 2 * 1.6449
 """Standard deviations that a 90 % interval is wide."""
@@ -28,7 +29,7 @@ class EstimatorPlanner:
         self._facts = facts
         self._features = features
 
-    def next(self, measured: Sequence[Point], candidates: Sequence[Config]) -> tuple[int, float]:
+    def next(self, measured: Sequence[Pooled], candidates: Sequence[Config]) -> tuple[int, float]:
         """As `profiler.sweep.Planner`. The error is that of the candidates alone: nobody asked for the rest of what the estimator covers."""
         estimate = self._estimator.condition(samples_of(self._name, self._facts, measured, features=self._features))
         columns = np.array([(config.batch, config.sm_percent, config.quota_percent) for config in candidates], dtype=np.float64).T

@@ -1,7 +1,8 @@
 """The table of measurements: a Parquet file, and beside it the journal of a sweep that is under way.
 
-Owns the schema (`COLUMNS`), the file's metadata and its lock. A point is durable once `Table.append` has returned: it is a line of the journal, which
-becomes part of the Parquet file when the table is closed, or opened again after a kill. Measures nothing.
+Owns the schema (`COLUMNS`), the file's metadata and its lock. A row is one visit to a configuration; `profiler.visits` makes points of them. A row is
+durable once `Table.append` has returned: it is a line of the journal, which becomes part of the Parquet file when the table is closed, or opened
+again after a kill. Measures nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Config(msgspec.Struct, frozen=True, order=True):
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
-    """One measured configuration of one function; `COLUMNS` says what each field means."""
+    """One visit to a configuration of a function; `COLUMNS` says what each field means."""
 
     function: str
     model_format: str
@@ -63,6 +64,8 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     started_at: datetime.datetime
     beside_load: bool
     seed: int
+    reference_ms: float = 0.0
+    """Tables from before there were references lack it."""
 
     @property
     def config(self) -> Config:
@@ -96,6 +99,7 @@ COLUMNS: Mapping[str, tuple[pa.DataType, str]] = {
     "started_at": (pa.timestamp("us", tz="UTC"), "when"),
     "beside_load": (pa.bool_(), "something else used the machine or the node meanwhile"),
     "seed": (pa.int64(), "of the sample inputs"),
+    "reference_ms": (pa.float64(), "GPU time of one row on the whole device just before and after: the machine's speed then; 0: not measured"),
 }
 _SCHEMA = pa.schema([pa.field(name, kind, nullable=False, metadata={"doc": doc}) for name, (kind, doc) in COLUMNS.items()])
 
@@ -109,7 +113,7 @@ class Header(msgspec.Struct, frozen=True):
 
 
 class Points(msgspec.Struct, frozen=True):
-    """A table, read."""
+    """A table, read: a point for each visit."""
 
     header: Header
     points: tuple[Point, ...]
@@ -306,6 +310,8 @@ def _check(point: Point, header: Header, path: str) -> None:
         value = getattr(point, name)
         if not (value > 0 and math.isfinite(value)):
             raise InvalidValue(f"{path}: a point of {point.function} must have a {name} greater than 0, got {value}")
+    if not (point.reference_ms >= 0 and math.isfinite(point.reference_ms)):
+        raise InvalidValue(f"{path}: a point of {point.function} must have a reference_ms of 0 or more, got {point.reference_ms}")
 
 
 def _merged(path: Path, parts: Sequence[Points]) -> Points:

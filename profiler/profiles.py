@@ -18,7 +18,8 @@ from profiler.dataset import samples_of
 from profiler.device import DeviceFacts
 from profiler.estimator import Estimator, ModelEstimate
 from profiler.lattice import Array
-from profiler.points import Point, Points
+from profiler.points import Points
+from profiler.visits import Pooled, pooled
 
 _ENOUGH_FOR_A_TAIL = 50
 
@@ -42,7 +43,7 @@ class Profile:
     function: str
     device: str
     facts: DeviceFacts
-    points: tuple[Point, ...]
+    points: tuple[Pooled, ...]
     estimate: ModelEstimate
 
     @property
@@ -86,9 +87,9 @@ def profile(table: Points, estimator: Estimator, function: str, device: str | No
     points = [point for point in points if point.device == chosen]
     newest = max(points, key=lambda point: point.started_at)
     points = [point for point in points if point.model_digest == newest.model_digest]
-    points = [point for point in points if not point.beside_load] or points
+    visited = pooled([point for point in points if not point.beside_load] or points)
     facts = table.header.devices[chosen]
-    return Profile(keys[0], chosen, facts, tuple(points), estimator.condition(samples_of(keys[0], facts, points)))
+    return Profile(keys[0], chosen, facts, visited, estimator.condition(samples_of(keys[0], facts, visited)))
 
 
 def load(table: Path, estimator: Path | None, function: str, device: str | None = None) -> Profile:

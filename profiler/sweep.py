@@ -1,12 +1,16 @@
 """The sweep: measures functions over batch x SM x quota through the real lanes, where it is least certain first.
 
-Owns the order of the measurements and when they end: at an error target, at the budget, or with the grid. What is measured is in the table at once,
-so that a sweep that was killed goes on where it ended. It never measures beside other load unless it was told to, and then says so in the data.
+Owns the order of the measurements and when they end: at an error target, at the budget, or with the grid. Each configuration is visited several times
+over the sweep, since the machine's speed moves (`profiler.visits`). What is measured is in the table at once, so that a sweep that was killed goes on
+where it ended. It never measures beside other load unless it was told to, and then says so in the data.
 """
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,10 +27,11 @@ from models.describe import describe
 from models.samples import sample_inputs
 from profiler import device as devices
 from profiler.device import DeviceFacts
-from profiler.measure import Measured, Sampling, cold_ms, measure
+from profiler.measure import Measured, Sampling, cold_ms, measure, reference_ms
 from profiler.points import Config, Point, Table
 from profiler.quiet import Watch
 from profiler.session import Caller, NodeOptions, Session, started
+from profiler.visits import Pooled, next_owed, owed, pooled
 
 _TRIES = 3
 WHOLE = Share.of(100, 100)
@@ -35,7 +40,7 @@ WHOLE = Share.of(100, 100)
 class Planner(Protocol):
     """Says where to measure next."""
 
-    def next(self, measured: Sequence[Point], candidates: Sequence[Config]) -> tuple[int, float]:
+    def next(self, measured: Sequence[Pooled], candidates: Sequence[Config]) -> tuple[int, float]:
         """The index of the candidate to measure, and the mean relative error to be expected of the predictions as things stand (0.05 is 5 %)."""
 
 
@@ -44,6 +49,7 @@ class Plan:
     """What a sweep measures, and when it ends.
 
     When the planner expects no more than `target_error` (None: with the whole grid), or after `budget_s` of measuring, which all functions share.
+    `sampling` is what one of a configuration's `visits` takes.
     """
 
     batches: tuple[int, ...] = (1, 2, 4, 8)
@@ -54,6 +60,7 @@ class Plan:
     beside_load: bool = False
     seed: int = 1
     sampling: Sampling = field(default_factory=Sampling)
+    visits: int = 3
 
     def __post_init__(self) -> None:
         if not (self.batches and self.sm_percents and self.quota_percents):
@@ -61,6 +68,8 @@ class Plan:
         for batch in self.batches:
             if not 1 <= batch <= 1024:
                 raise InvalidValue("must be from 1 to 1024", key="batch", value=batch)
+        if not 1 <= self.visits <= 100:
+            raise InvalidValue("must be from 1 to 100", key="visits", value=self.visits)
         for sm, quota in product(self.sm_percents, self.quota_percents):
             Share.of(sm, quota, quota)
 
@@ -72,11 +81,16 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a function's sweep is. `error` is what the planner expects, None before it was asked; `point` the latest one."""
+    """How far a function's sweep is.
+
+    `measured` configurations of `grid`, and the visits `to_come` that are owed to these; `error` is what the planner expects, None before it was
+    asked; `point` the latest visit.
+    """
 
     function: str
     measured: int
     grid: int
+    to_come: int
     error: float | None
     spent_s: float
     budget_s: float | None
@@ -85,7 +99,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a function's sweep ended: "target", "budget" or "grid"; points that the table now holds of it, and the error last expected."""
+    """How a function's sweep ended: "target", "budget" or "grid"; configurations that the table now holds of it, and the error last expected."""
 
     function: str
     reason: str
@@ -172,7 +186,8 @@ class _Sweep:
         self._inputs = sample_inputs(function.model, max(config.batch for config in self._grid), plan.seed)
         self._watch = Watch(session, device)
         self._error: float | None = None
-        self._caller: tuple[int, Caller] | None = None
+        self._callers: dict[int, Caller] = {}
+        self._reference_ms = 0.0
         self._begun = time.monotonic()
 
     @property
@@ -191,35 +206,52 @@ class _Sweep:
                 reason = self._measure(budget_s)
             finally:
                 self._let_go()
-        return Outcome(self._function.key, reason, len(self._known()), self._error)
+        return Outcome(self._function.key, reason, len(_configs(self._known())), self._error)
 
     def _measure(self, budget_s: float | None) -> str:
         known = self._known()
         self._swap_ms = known[0].swap_ms if known else self._cold_ms()
+        self._reference_ms = reference_ms(self._session, self._caller_for(1), self._key)
         self._tell(budget_s)
-        while left := self._open():
-            if budget_s is not None and self.spent_s >= budget_s:
-                return "budget"
-            config = self._choose(left)
-            if config is None:
-                return "target"
-            point = self._point(config)
+        while isinstance(chosen := self._next(budget_s), Config):
+            point = self._point(chosen)
             self._table.append(point)
             self._tell(budget_s, point)
-        return "grid"
+        return chosen
 
-    def _choose(self, left: list[Config]) -> Config | None:
-        """The next configuration; None when the target is reached. The corners come first: between them an estimator need not guess."""
+    def _next(self, budget_s: float | None) -> Config | str:
+        """The configuration to visit now, or why the sweep ends.
+
+        A new one while the budget has room for all of its visits beside those that are owed to others; then rounds of those.
+        """
+        known, visits = self._known(), self._plan.visits
+        to_come = owed(known, visits)
+        left_s = math.inf if budget_s is None else budget_s - self.spent_s
+        if left_s <= 0:
+            return "budget"
+        reason = "grid"
+        if left := self._open(known):
+            usual_s = visits * statistics.fmean(point.duration_s for point in known) if known else 0.0
+            if sum(to_come.values()) + usual_s > left_s:
+                reason = "budget"
+            elif new := self._choose(known, left):
+                return new
+            else:
+                reason = "target"
+        return next_owed(known, visits, self._plan.seed) if to_come else reason
+
+    def _choose(self, known: Sequence[Point], left: list[Config]) -> Config | None:
+        """The next new configuration; None when the target is reached. The corners come first: between them an estimator need not guess."""
         corner = next((config for config in corners(self._grid) if config in left), None)
         if corner is not None:
             return corner
-        index, self._error = self._planner.next(self._known(), left)
+        index, self._error = self._planner.next(pooled(known), left)
         if self._plan.target_error is not None and self._error <= self._plan.target_error:
             return None
         return left[index]
 
     def _known(self) -> list[Point]:
-        """What the table holds of this very model, on this device, in this grid; beside load only if that is allowed now."""
+        """Visits to this very model, on this device, in this grid, as the table holds them; beside load only if that is allowed now."""
         wanted = set(self._grid)
         return [
             point
@@ -231,19 +263,21 @@ class _Sweep:
             and (self._plan.beside_load or not point.beside_load)
         ]
 
-    def _open(self) -> list[Config]:
-        known = {point.config for point in self._known()}
-        return [config for config in self._grid if config not in known]
+    def _open(self, known: Sequence[Point]) -> list[Config]:
+        begun = _configs(known)
+        return [config for config in self._grid if config not in begun]
 
     def _point(self, config: Config) -> Point:
-        """Measures a configuration; again when something else ran meanwhile, Refused when that does not end."""
+        """Visits a configuration; again when something else ran meanwhile, Refused when that does not end."""
         for _ in range(_TRIES):
             started_at, begun = datetime.now(UTC), time.monotonic()
             self._watch.begin()
             measured = measure(self._session, self._caller_for(config.batch), self._key, config, self._plan.sampling)
+            before_ms, self._reference_ms = self._reference_ms, reference_ms(self._session, self._caller_for(1), self._key)
             beside = self._watch.end()
             if not beside or self._plan.beside_load:
-                return self._record(config, measured, started_at, time.monotonic() - begun, bool(beside))
+                point = self._record(config, measured, started_at, time.monotonic() - begun, bool(beside))
+                return msgspec.structs.replace(point, reference_ms=(before_ms + self._reference_ms) / 2)
         raise Refused(f"{beside}, also at try {_TRIES}: what was measured before is kept. Go on when nothing else runs, or with --beside-load")
 
     def _record(self, config: Config, measured: Measured, started_at: datetime, duration_s: float, beside_load: bool) -> Point:
@@ -281,21 +315,27 @@ class _Sweep:
             return cold_ms(self._caller_for(1), chill)
 
     def _caller_for(self, batch: int) -> Caller:
-        """The connection that sends batches of this size; one at a time is open."""
-        if self._caller is None or self._caller[0] != batch:
-            self._let_go()
+        """The connection that sends batches of this size."""
+        if batch not in self._callers:
             inputs = {name: array[:batch] for name, array in self._inputs.items()}
-            self._caller = batch, self._session.caller(self._key, self._signature, inputs)
-        return self._caller[1]
+            self._callers[batch] = self._session.caller(self._key, self._signature, inputs)
+        return self._callers[batch]
 
     def _let_go(self) -> None:
-        if self._caller is not None:
-            self._caller[1].close()
-            self._caller = None
+        for caller in self._callers.values():
+            caller.close()
+        self._callers.clear()
 
     def _tell(self, budget_s: float | None, point: Point | None = None) -> None:
-        measured = len(self._known())
-        self._on_progress(Progress(self._function.key, measured, len(self._grid), self._error, self.spent_s, budget_s, point))
+        known = self._known()
+        begun = _configs(known)
+        to_come = self._plan.visits * len(begun) - sum(min(count, self._plan.visits) for count in begun.values())
+        self._on_progress(Progress(self._function.key, len(begun), len(self._grid), to_come, self._error, self.spent_s, budget_s, point))
+
+
+def _configs(visits: Sequence[Point]) -> Counter[Config]:
+    """How often each was visited."""
+    return Counter(point.config for point in visits)
 
 
 def corners(grid: Sequence[Config]) -> list[Config]:

@@ -88,6 +88,9 @@ def command() -> None:
 @click.option("--device-memory", callback=options.size, default="1Gi", show_default=True, metavar="SIZE", help="Memory of the device for weights.")
 @click.option("--host-memory", callback=options.size, default="4Gi", show_default=True, metavar="SIZE", help="Budget of the weights in host memory.")
 @click.option("--threads", type=click.IntRange(1, 256), default=1, show_default=True, help="Compute threads of a CPU lane.")
+@click.option(
+    "--visits", type=click.IntRange(1, 100), default=3, show_default=True, help="Measure each configuration so often, over the whole sweep."
+)
 @click.option("--seed", type=int, default=1, show_default=True, help="Of the sample inputs.")
 @click.option("-o", "--output", "points", type=click.Path(path_type=Path), help="The table of measurements. [default: points.parquet in the folder]")
 @_profiles
@@ -108,6 +111,7 @@ def sweep_command(
     device_memory: int,
     host_memory: int,
     threads: int,
+    visits: int,
     seed: int,
     points: Path | None,
     folder: Path | None,
@@ -131,6 +135,7 @@ def sweep_command(
         budget_s=None if budget is None else budget * 60,
         beside_load=beside_load,
         seed=seed,
+        visits=visits,
     )
     node = NodeOptions(_known_device(device), device_memory, host_memory, threads)
     place = profiling.Place.of(folder or _data_home(), points, estimator)

@@ -207,6 +207,7 @@ def _follow(progress: Progress) -> Callable[[sweeps.Progress], None]:
         told = "" if state.error is None else f"error {100 * state.error:.1f} %  "
         if (point := state.point) is not None:
             told += f"batch {point.batch}, {point.sm_percent} % SM x {point.quota_percent:g} %: {point.latency_mean_ms:.1f} ms"
+        told += f"  ({state.to_come} more visits)" if state.to_come else ""
         progress.update(tasks[state.function], completed=state.measured, total=state.grid, told=told)
 
     return follow

@@ -1,14 +1,15 @@
 """The estimator on the CPU device: three real models are swept, shares that were not probed are predicted, and a recommended share is tried live.
 
-Probes and held-out shares have no SM percentage and no quota in common. The live run is judged from outside, over HTTP.
+Probes and held-out shares have no SM percentage and no quota in common. Both are visited in turn over the same minutes, and measured at the speed
+that the machine usually had then, so that an error is the estimator's and not the machine's. The live run is judged from outside, over HTTP.
 """
 
 from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -19,18 +20,21 @@ from benchmarks.result import Metric
 from contracts.functions import Function, ModelFormat, ModelRef, Share, Slo
 from contracts.units import MS
 from models.samples import sample_inputs
+from profiler.dataset import samples_of
 from profiler.estimator import Estimator, ModelEstimate
 from profiler.measure import Sampling
 from profiler.need import Need, Objective, need
 from profiler.planner import planners
-from profiler.points import Point, read
-from profiler.profiles import Profile, profile
+from profiler.points import Config, Point, Points, read
+from profiler.profiles import Profile
 from profiler.session import NodeOptions, started
 from profiler.sweep import Plan, sweep
+from profiler.visits import Pooled, pooled
 
 _MODELS = {"minilm": "minilm", "vad": "silero-vad", "cnn": "cnn?size=128"}
 _LIVE = "minilm"
 _SEED = 1
+_VISITS = 3
 _MAX_BATCH = 4
 _SLO_RUNS = 8
 _RATE = 0.15
@@ -61,7 +65,7 @@ def measure(quick: bool) -> dict[str, Metric]:
     functions = [Function(name, ModelRef(ModelFormat.CATALOG, source), max_batch=_MAX_BATCH) for name, source in _MODELS.items()]
     functions = functions[:1] if quick else functions
     with tempfile.TemporaryDirectory(prefix="sluice-") as folder:
-        points, found, predictions = _sweeps(functions, Path(folder), probes_s=12 if quick else 40, most_seconds=1 if quick else 2.5)
+        points, found, predictions = _sweeps(functions, Path(folder), probes_s=12 if quick else 40, most_seconds=0.4 if quick else 0.9)
     live = _live(functions[0], found[_LIVE], seconds=10 if quick else 60)
     return _metrics(predictions, points, live)
 
@@ -69,25 +73,34 @@ def measure(quick: bool) -> dict[str, Metric]:
 def _sweeps(
     functions: Sequence[Function], folder: Path, probes_s: float, most_seconds: float
 ) -> tuple[tuple[Point, ...], Mapping[str, Profile], Mapping[str, Prediction]]:
-    """Probes each model where it is least certain, and at once measures its held-out shares; all points, and what the probes say of each model."""
-    sampling = Sampling(spread=0.01, seconds=0.5, most_seconds=most_seconds)
-    probes = Plan((1, 2, _MAX_BATCH), (20, 30, 50, 70, 100), (20, 30, 50, 70, 100), 0.02, probes_s, True, _SEED, sampling)
+    """Probes each model where it is least certain, its held-out shares in turn with that; all visits, and what the probes say of each model."""
+    sampling = Sampling(spread=0.02, fewest=2, enough=35, seconds=0.2, most_seconds=most_seconds)
+    probes = Plan((1, 2, _MAX_BATCH), (20, 30, 50, 70, 100), (20, 30, 50, 70, 100), 0.02, probes_s / _VISITS, True, _SEED, sampling)
     held_out = Plan((1, _MAX_BATCH), (40, 85), (40, 85), None, None, True, _SEED, sampling)
-    points: list[Point] = []
+    visits: list[Point] = []
     profiles, predictions = {}, {}
     with started(NodeOptions()) as session:
         for function in functions:
-            probed, unseen = (folder / f"{function.name}-{name}.parquet" for name in ("probes", "held-out"))
-            for path, plan in ((probed, probes), (unseen, held_out)):
-                sweep([function], path, planners(Estimator()), plan, session)
-            known, tested = profile(read(probed), Estimator(), function.key), read(unseen).points
-            profiles[function.name] = known
-            predictions[function.name] = _predict(known.estimate, tested, len(known.points))
-            points += [*known.points, *tested]
-    return tuple(points), profiles, predictions
+            path = folder / f"{function.name}.parquet"
+            for round_ in range(1, _VISITS + 1):
+                for plan in (probes, held_out):
+                    sweep([function], path, planners(Estimator()), replace(plan, visits=round_), session)
+            table = read(path)
+            profiles[function.name], predictions[function.name] = _judged(function, table, set(held_out.grid(True)))
+            visits += table.points
+    return tuple(visits), profiles, predictions
 
 
-def _predict(estimate: ModelEstimate, unseen: Sequence[Point], probes: int) -> Prediction:
+def _judged(function: Function, table: Points, held_out: Set[Config]) -> tuple[Profile, Prediction]:
+    """What the probes alone say, beside the held-out shares. Visits beside load count: the reference beside each knows how slow the machine was."""
+    points = pooled([msgspec.structs.replace(visit, beside_load=False) for visit in table.points])
+    known, tested = (tuple(point for point in points if (point.config in held_out) is held) for held in (False, True))
+    ((device, facts),) = table.header.devices.items()
+    estimate = Estimator().condition(samples_of(function.key, facts, known))
+    return Profile(function.key, device, facts, known, estimate), _predict(estimate, tested, len(known))
+
+
+def _predict(estimate: ModelEstimate, unseen: Sequence[Pooled], probes: int) -> Prediction:
     found = estimate.predict(*zip(*((point.batch, point.sm_percent, point.quota_percent) for point in unseen), strict=True))
     measured = np.array([point.latency_mean_ms for point in unseen])
     inside = int(np.sum((found.low_ms <= measured) & (measured <= found.high_ms)))
@@ -121,7 +134,7 @@ def _metrics(predictions: Mapping[str, Prediction], points: Sequence[Point], liv
         **{f"cpu_held_out_mape_{name}": Metric(100 * statistics.fmean(one.errors), "%") for name, one in predictions.items()},
         "cpu_held_out_coverage": Metric(100 * inside / len(errors), "% in the 90 % interval"),
         "cpu_probes": Metric(statistics.fmean(prediction.probes for prediction in predictions.values()), "probes a model"),
-        "cpu_beside_load": Metric(100 * statistics.fmean(point.beside_load for point in points), "% of the points"),
+        "cpu_beside_load": Metric(100 * statistics.fmean(point.beside_load for point in points), "% of the visits"),
         "live_p99_over_slo": Metric(live.latency_ms / objective.latency_ms, "ratio", 1.0),
         "live_kept": Metric(live.kept_percent, "% of requests in time", _PERCENTILE, "higher"),
         "live_failed": Metric(live.failed, "requests", 0),

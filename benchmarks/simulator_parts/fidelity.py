@@ -36,6 +36,7 @@ from profiler.points import Point, Points, read
 from profiler.quiet import QUIET_CORES, Machine
 from profiler.session import NodeOptions, Session, saturating, started
 from profiler.sweep import Plan, sweep
+from profiler.visits import pooled
 from simulator import against, report
 from simulator.against import Line, Real, RealFunction
 from simulator.measured import factors_of
@@ -84,7 +85,7 @@ class _Size:
     sampling: Sampling
 
 
-_FULL = _Size(span_s=120, warm_up_s=10, singles=30, handover_s=5, sampling=Sampling(spread=0.01, enough=300, seconds=3, most_seconds=6))
+_FULL = _Size(span_s=120, warm_up_s=10, singles=30, handover_s=5, sampling=Sampling(spread=0.02, enough=100, seconds=1, most_seconds=2))
 _QUICK = _Size(span_s=20, warm_up_s=2, singles=6, handover_s=1, sampling=Sampling(spread=0.05, seconds=0.3, most_seconds=0.6))
 
 
@@ -242,7 +243,7 @@ class _Calibration:
 
 def _profiled(points: Points) -> dict[str, Point]:
     """By name, the point of one row."""
-    return {point.function.partition("/")[2]: point for point in points.points if point.batch == 1}
+    return {point.function.partition("/")[2]: point for point in pooled(points.points) if point.batch == 1}
 
 
 def _warm_ms(replies: Sequence[Reply]) -> list[float]:

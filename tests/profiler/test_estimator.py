@@ -135,6 +135,18 @@ def test_one_outlier_among_probes_does_not_carry_the_estimate_away(trained):
     assert mape(spoilt, true, chosen) < 0.15
 
 
+def test_an_unsure_measurement_counts_less_and_leaves_wider_intervals():
+    true = metered(ROWS, 3.0, 2.0)
+    rows, seen = ROWS[::5], true[::5].copy()
+    seen[3] *= 1.3
+    unsure = np.where(np.arange(len(rows)) == 3, 0.3, 0.01)
+    known, guessed = (Estimator().condition(ModelSamples("m", "d", *rows.T, seen, spread=spread)) for spread in (unsure, ()))
+    assert mape(known, true, []) < mape(guessed, true, [])
+    sure, less = (Estimator().condition(ModelSamples("m", "d", *rows.T, true[::5], spread=np.full(len(rows), spread))) for spread in (0.001, 0.1))
+    widths = [np.log(found.high_ms / found.low_ms) for found in (sure.predict(*ROWS.T), less.predict(*ROWS.T))]
+    assert (widths[0] < widths[1]).all()
+
+
 def test_shares_below_the_measured_ones_take_longer_as_the_inverse(trained):
     estimate = trained.condition(samples("new", ROWS, gated(ROWS, 2.0, 3.0)))
     tenth, hundredth = estimate.predict([4, 4], [50, 50], [10, 1]).mean_ms
@@ -227,6 +239,8 @@ BAD = {
     "a quota of zero": ({"quota_percent": [0]}, "quota_percent"),
     "an endless quota": ({"quota_percent": [np.inf]}, "quota_percent"),
     "words": ({"batch": ["many"]}, "must be numbers"),
+    "too many spreads": ({"spread": [0.1, 0.1]}, "a spread of 0 or more for each latency"),
+    "a negative spread": ({"spread": [-0.1]}, "a spread of 0 or more for each latency"),
     "different lengths": ({"batch": [1, 2, 3], "sm_percent": [50, 60]}, "of one length"),
 }
 

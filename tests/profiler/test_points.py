@@ -149,6 +149,18 @@ def test_a_crash_between_the_two_files_counts_no_point_twice(tmp_path: Path) -> 
     assert len(read(path).points) == 1
 
 
+def test_tables_from_before_there_were_references_are_read_and_added_to(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.parquet", point())
+    pq.write_table(pq.read_table(path).drop_columns(["reference_ms"]), path)
+    journal = (
+        msgspec.json.encode(row).replace(b',"reference_ms":0.0', b"") for row in (points.Header({"cpu:0": FACTS}, points.versions()), point(batch=2))
+    )
+    path.with_name("t.parquet.journal").write_bytes(b"".join(line + b"\n" for line in journal))
+    assert read(path).points == (point(), point(batch=2))
+    written(path, point(batch=3, reference_ms=5.0))
+    assert [row.reference_ms for row in read(path).points] == [0, 0, 5]
+
+
 def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -210,6 +222,7 @@ WRONG = {
     "a negative time": ({"gpu_ms": -1.0}, "gpu_ms greater than 0"),
     "no rows": ({"batch": 0}, "impossible share"),
     "more than all SMs": ({"sm_percent": 101}, "impossible share"),
+    "a reference that is no number": ({"reference_ms": float("inf")}, "reference_ms of 0 or more"),
     "another device": ({"device": "cpu:1"}, "unknown device 'cpu:1'"),
 }
 

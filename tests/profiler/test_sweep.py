@@ -6,8 +6,11 @@ import contextlib
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,11 +30,12 @@ from profiler.planner import planners
 from profiler.points import Config, Point, read
 from profiler.session import Session
 from profiler.sweep import Plan, Progress, corners, sweep
+from profiler.visits import pooled
 
 FACTS = DeviceFacts("cuda", "a fake", 80, 1500.0, 1e13, 1e12, 1e10, 1 << 30)
 ONE = Function("one", ModelRef(ModelFormat.CATALOG, "mlp?width=8"))
 TWO = Function("two", ModelRef(ModelFormat.CATALOG, "mlp?width=16"))
-GRID = Plan(batches=(1, 4), sm_percents=(25, 50, 100), quota_percents=(20, 100), sampling=Sampling(enough=8, fewest=4))
+GRID = Plan(batches=(1, 4), sm_percents=(25, 50, 100), quota_percents=(20, 100), sampling=Sampling(enough=8, fewest=4), visits=1)
 RUN_NS = 20_000
 OVERHEAD_NS = 1_000
 
@@ -152,13 +156,55 @@ def test_the_corners_come_first_then_what_the_planner_says(tmp_path: Path) -> No
     assert planner.shown == [order[:count] for count in range(len(first), 12)]
 
 
+def test_each_configuration_is_visited_again_in_rounds_after_all_were_visited_once(tmp_path: Path) -> None:
+    (outcome,), seen = run(tmp_path / "t.parquet", replace(GRID, visits=3))
+    order = [progress.point.config for progress in seen if progress.point]
+    rounds = [order[start : start + 12] for start in (0, 12, 24)]
+    assert (outcome.reason, outcome.measured, len(order)) == ("grid", 12, 36)
+    assert [sorted(each) for each in rounds] == [GRID.grid(True)] * 3
+    assert rounds[1] != rounds[2]
+    assert [progress.to_come for progress in seen] == [0, *range(2, 25, 2), *range(23, -1, -1)]
+    assert all(point.reference_ms == RUN_NS / 1e6 for point in read(tmp_path / "t.parquet").points)
+
+
+def test_more_visits_are_added_to_those_of_an_earlier_sweep(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    run(path, GRID)
+    (outcome,), seen = run(path, replace(GRID, visits=2))
+    assert (outcome.measured, len(seen) - 1, len(read(path).points)) == (12, 12, 24)
+
+
+def test_the_target_counts_when_all_visits_are_made(tmp_path: Path) -> None:
+    """It seems reached after five configurations; when these have been visited twice it is not, so a sixth is measured."""
+    (outcome,), seen = run(tmp_path / "t.parquet", replace(GRID, visits=2), planner=FakePlanner([0.4, *[0.05] * 5, 0.2, *[0.05] * 9]))
+    begun = [progress.measured for progress in seen]
+    assert (outcome.reason, outcome.measured, len(begun) - 1) == ("target", 6, 12)
+    assert begun == [0, 1, 2, 3, 4, *[5] * 6, 6, 6]
+
+
+def test_nothing_new_is_begun_when_the_budget_is_owed_to_visits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("profiler.sweep.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    class Slow(FakeNode):
+        """A visit takes a second: it brings the share of its configuration, as `_settle` does, with next to no quota before."""
+
+        def set_share(self, key: str, share: Share) -> None:
+            super().set_share(key, share)
+            now[0] += share.quota_bp == 1
+
+    (outcome,), _ = run(tmp_path / "t.parquet", replace(GRID, visits=3, budget_s=20.0), Slow())
+    assert (outcome.reason, outcome.measured) == ("budget", 6)
+    assert sorted(Counter(point.config for point in read(tmp_path / "t.parquet").points).values()) == [3] * 6
+
+
 def test_it_ends_as_soon_as_the_target_is_expected(tmp_path: Path) -> None:
     (outcome,), _ = run(tmp_path / "t.parquet", GRID, planner=FakePlanner([0.4, 0.05]))
     assert (outcome.reason, outcome.measured, outcome.error) == ("target", 5, 0.05)
 
 
 def test_it_ends_with_the_budget(tmp_path: Path) -> None:
-    plan = Plan(GRID.batches, GRID.sm_percents, GRID.quota_percents, budget_s=0.0, sampling=GRID.sampling)
+    plan = replace(GRID, budget_s=0.0)
     (outcome,), _ = run(tmp_path / "t.parquet", plan)
     assert (outcome.reason, outcome.measured) == ("budget", 0)
 
@@ -166,7 +212,7 @@ def test_it_ends_with_the_budget(tmp_path: Path) -> None:
 def test_a_sweep_that_was_broken_off_goes_on_where_it_ended(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     node = FakeNode()
-    node.fails_at = 60
+    node.fails_at = 120
     with pytest.raises(Unavailable, match="the node agent ended"):
         run(path, GRID, node)
     before = read(path).points
@@ -233,7 +279,7 @@ def test_load_that_does_not_end_ends_the_sweep_and_keeps_what_there_is(tmp_path:
 def test_beside_load_is_measured_if_wanted_and_marked_and_not_taken_up_without(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     requests = iter(range(10_000))
-    plan = Plan(GRID.batches, GRID.sm_percents, GRID.quota_percents, beside_load=True, sampling=GRID.sampling)
+    plan = replace(GRID, beside_load=True)
     run(path, plan, FakeNode(lambda: next(requests)))
     assert all(point.beside_load for point in read(path).points)
     (outcome,), seen = run(path, GRID)
@@ -243,14 +289,14 @@ def test_beside_load_is_measured_if_wanted_and_marked_and_not_taken_up_without(t
 
 def test_with_the_estimator_a_sweep_ends_before_the_grid_and_predicts_the_rest(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
-    plan = Plan((1, 2, 4, 8), (10, 25, 50, 75, 100), (10, 20, 40, 60, 80, 100), target_error=0.05, sampling=GRID.sampling)
+    plan = Plan((1, 2, 4, 8), (10, 25, 50, 75, 100), (10, 20, 40, 60, 80, 100), target_error=0.05, sampling=GRID.sampling, visits=1)
     (outcome,) = sweep([ONE], path, planners(Estimator()), plan, FakeNode())
     table = read(path)
     assert outcome.reason == "target"
     assert outcome.error is not None
     assert outcome.error <= 0.05
     assert outcome.measured < 60
-    estimate = Estimator().condition(samples_of("default/one", FACTS, table.points))
+    estimate = Estimator().condition(samples_of("default/one", FACTS, pooled(table.points)))
     grid = np.array([(config.batch, config.sm_percent, config.quota_percent) for config in plan.grid(True)])
     predicted = estimate.predict(grid[:, 0], grid[:, 1], grid[:, 2]).mean_ms
     law = RUN_NS / 1e6 * grid[:, 0] * 1e4 / (grid[:, 1] * grid[:, 2]) + OVERHEAD_NS / 1e6
