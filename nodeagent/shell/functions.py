@@ -190,6 +190,7 @@ class Functions:
         except BaseException:
             self._owner.forget(entry)
             self._store.release(stored)
+            self._collect()
             raise
         entry.state = "ready"
         entry.loaded.set()

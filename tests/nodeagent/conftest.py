@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.census import alive
+from tests.nodeagent.gpus import Gpus
 from tests.nodeagent.node import Control, Node, Predictor, short_folder
 
 
@@ -53,3 +55,23 @@ def predictor(node: Node, control: Control) -> Iterator[Predictor]:
     assert predictor.receive()
     yield predictor
     predictor.close()
+
+
+@pytest.fixture
+def gpus(start: Callable[..., Node]) -> Iterator[Callable[..., Gpus]]:
+    """Starts an agent on fake GPUs; at the end nothing of it may be left."""
+    started: list[Gpus] = []
+
+    def start_gpus(*arguments: str, memory: str = "8Mi") -> Gpus:
+        arguments = arguments if "--device" in arguments else ("--device", "cuda:0", *arguments)
+        started.append(Gpus(start(*arguments, module="tests.fakes.gpu_agent", memory=memory)))
+        return started[-1]
+
+    yield start_gpus
+    for each in started:
+        if each.node.process.poll() is None:
+            children = each.node.children()
+            each.predictor.close()
+            assert each.node.terminate() == 0, each.node.read_log()
+            assert not [child for child in children if alive(child)], "orphans are left"
+            assert not list(each.node.run_dir.glob("mps-*")), "a daemon's folder is left"

@@ -1,7 +1,8 @@
 """A fork server and lanes at the seam of `predictor.worker`, without torch: copies weights into the slab and adds their first number to each input.
 
 What a model's options ask for: `fault=error` fails the batch, `fault=crash` kills the lane, `fault=once` kills the first lane that runs it,
-`fault=hang` never ends, `fault=attach` fails the attach, `fault=lie` answers for another batch; `gate=FILE` waits for a file. A lane of `LYING_SM`
+`fault=hang` never ends, `fault=attach` fails the attach, `fault=unpinned` finds that the weights cannot be pinned, `fault=lie` answers for another
+batch; `gate=FILE` waits for a file, `pin=FILE` is pinned only once there is one, `told=FILE` notes each attach in a file. A lane of `LYING_SM`
 percent proves another cap; on a fake GPU it reads back all SMs. There a lane of `FAST_SM` percent computes faster than its SMs allow, and one of
 `STILLBORN_SM` ends as it starts.
 """
@@ -33,6 +34,7 @@ from contracts.wire import (
     Detach,
     LaneReady,
     MapSegment,
+    Message,
     Resume,
     Run,
     Spawn,
@@ -61,6 +63,7 @@ class FakeLane:
         self._arrived: dict[int, int] = {}
         self._copying: dict[int, tuple[str, int]] = {}
         self._changed = threading.Condition()
+        self._saying = threading.Lock()
         self._segments: dict[int, mmap.mmap] = {}
 
     def serve(self) -> None:
@@ -103,8 +106,7 @@ class FakeLane:
                 with self._changed:
                     self._functions[message.function] = (index, fds[0])
                     self._changed.notify_all()
-                error = "cannot be built" if self._options(index).get("fault") == "attach" else ""
-                self._copies.send(Attached(message.function, error))
+                threading.Thread(target=self._attach, args=(message.function, self._options(index)), daemon=True).start()
             elif isinstance(message, Detach):
                 os.close(self._functions.pop(message.function)[1])
             elif isinstance(message, Copy):
@@ -112,6 +114,20 @@ class FakeLane:
                 self._advance(message.copy, message.until_bytes)
             elif isinstance(message, CopyGrant):
                 self._advance(message.copy, message.until_bytes)
+
+    def _attach(self, name: str, options: dict[str, str]) -> None:
+        if "told" in options:
+            with open(options["told"], "a") as told:
+                told.write(f"{name}\n")
+        deadline = time.monotonic() + _WAIT_S
+        while "pin" in options and not Path(options["pin"]).exists() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        fault = options.get("fault")
+        self._say(Attached(name, "cannot be built" if fault == "attach" else "", pinned=fault != "unpinned"))
+
+    def _say(self, message: Message) -> None:
+        with self._saying:
+            self._copies.send(message)
 
     def _advance(self, copy: int, until: int) -> None:
         name, offset = self._copying[copy]
@@ -122,7 +138,7 @@ class FakeLane:
         with self._changed:
             self._arrived[copy] = until
             self._changed.notify_all()
-        self._copies.send(CopyProgress(copy, until))
+        self._say(CopyProgress(copy, until))
 
     def _run(self, run: Run) -> None:
         with self._changed:
