@@ -14,9 +14,8 @@ import math
 import signal
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-import grpc  # type: ignore[import-untyped]
 import msgspec
 import uvicorn
 import uvloop
@@ -28,11 +27,13 @@ from predictor.heap import keep_freed_memory
 from predictor.logs import access_log
 from predictor.metrics import Metrics
 from predictor.protocols import management, rpc, tracing
+from predictor.protocols.grpc_server import GrpcServer
 from predictor.protocols.http import Http
 from predictor.protocols.limits import BoundedHttp, Intake, Limits, watch
 
 _GRACE_S = 30
 _HANDSHAKE_S = 0.1
+_BACKLOG = 2048
 _SO_ATTACH_FILTER = 26
 log = logging.getLogger("sluice.predictor")
 
@@ -66,7 +67,7 @@ def serve(settings: Settings) -> int:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
             return runner.run(_run(settings))
-        except (OSError, RuntimeError, InvalidValue) as error:  # gRPC's error for a port that is taken is a RuntimeError
+        except (OSError, RuntimeError, InvalidValue) as error:
             log.error("cannot serve: %s", error)
             return 1
 
@@ -79,27 +80,24 @@ async def _run(settings: Settings) -> int:
     dispatcher = Dispatcher(settings.agent_path, settings.segment_bytes, Metrics())
     front = Front(dispatcher)
     front.observers += _observers(settings)
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.create_server((settings.host, settings.http_port), family=family, backlog=2048)
-    # For answers that the kernel holds, and those whose connection has been closed: a peer that takes nothing for so long is given up.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(settings.limits.patience_s * 1000))
     intake = Intake(settings.limits.fitting())
+    listener = _listen(settings.host, settings.http_port, intake.limits)
     server = _http_server(settings, intake, Http(front, management.application(front)))
     serving = loop.create_task(server.serve([listener]))
-    grpc_server = None if settings.grpc_port is None else await _start_grpc(settings, rpc.server(front, intake.limits))
+    grpc_server = GrpcServer(rpc.methods(front), intake)
+    doors = [listener, *await _serve_grpc(settings, grpc_server)]
     dispatcher.client.start()
     log.info("serving on http://%s:%d", _authority(settings.host), listener.getsockname()[1])
-    watching = loop.create_task(watch(intake, server.server_state.connections))
+    watching = loop.create_task(watch(intake.limits.patience_s, server.server_state.connections, grpc_server.connections))
     stopping = loop.create_task(stop.wait())
     await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
     dispatcher.drain()
     intake.close_connections(server.server_state.connections)
     await _linger(stop, settings.linger_ms / 1000)
     log.info("stopping: no new connections, finishing what is in flight")
-    await _close_door(listener)
+    await _close_doors(doors)
     server.should_exit = True
-    if grpc_server is not None:
-        await grpc_server.stop(_GRACE_S)
+    await grpc_server.stop(_GRACE_S)
     await serving
     watching.cancel()
     dispatcher.client.close()
@@ -134,7 +132,25 @@ def _http_server(settings: Settings, intake: Intake, application: Http) -> _Serv
     return _Server(config)
 
 
-async def _close_door(listener: socket.socket) -> None:
+def _listen(host: str, port: int, limits: Limits) -> socket.socket:
+    """A socket that listens; OSError as the kernel gives it."""
+    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=_BACKLOG)
+    # For answers that the kernel holds, and those whose connection has been closed: a peer that takes nothing for so long is given up.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(limits.patience_s * 1000))
+    return listener
+
+
+async def _serve_grpc(settings: Settings, server: GrpcServer) -> list[socket.socket]:
+    """The socket where gRPC is served, if it is to be."""
+    if settings.grpc_port is None:
+        return []
+    listener = _listen(settings.host, settings.grpc_port, settings.limits)
+    await server.listen(listener)
+    log.info("serving gRPC on %s:%d", _authority(settings.host), listener.getsockname()[1])
+    return [listener]
+
+
+async def _close_doors(listeners: Sequence[socket.socket]) -> None:
     """From now on connections are refused, and none is lost that the kernel has accepted for us but we have not.
 
     Closing a listening socket resets those. So first the kernel is told to drop what would begin another (a TCP segment with SYN), which the other
@@ -143,15 +159,9 @@ async def _close_door(listener: socket.socket) -> None:
     drop_syn = ((0x30, 0, 0, 13), (0x45, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
     program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in drop_syn))
     with contextlib.suppress(OSError):  # not every kernel has socket filters
-        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HL", len(drop_syn), ctypes.addressof(program)))
+        for listener in listeners:
+            listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HL", len(drop_syn), ctypes.addressof(program)))
         await asyncio.sleep(_HANDSHAKE_S)
-
-
-async def _start_grpc(settings: Settings, server: grpc.aio.Server) -> grpc.aio.Server:
-    port = server.add_insecure_port(f"{_authority(settings.host)}:{settings.grpc_port}")
-    await server.start()
-    log.info("serving gRPC on %s:%d", _authority(settings.host), port)
-    return server
 
 
 def _authority(host: str) -> str:

@@ -1,4 +1,4 @@
-"""What a client may take over HTTP: bytes of a head, connections, bytes of bodies that are not whole yet, and time.
+"""What a client may take: bytes of a head, connections, bytes of bodies that are not whole yet, and time.
 
 Owns uvicorn's protocol with these bounds. uvicorn by itself gathers a head, chunk extensions, trailers and pipelined requests without end, waits for
 ever for the rest of a request, and keeps an answer that nobody reads. A look at every connection once in a while (`check`) costs requests nothing.
@@ -27,7 +27,6 @@ _FRAMING_FACTOR = 8
 """Chunk sizes, extensions and trailers may take MAX_HEAD_BYTES and so many times the body: a chunk of one byte takes six."""
 _MAX_PIPELINED = 64
 """Requests that a client may send on one connection without having an answer to the first."""
-_MAX_AGE_S, _MAX_AGE_GRACE_S = 1800, 600
 _SPARE_DESCRIPTORS = 64
 """For the agent, the segment, listeners, models' tokenizers and the log."""
 
@@ -49,6 +48,10 @@ class Limits(msgspec.Struct, frozen=True):
     def unfinished_bytes(self) -> int:
         """Of all bodies together that are not whole yet."""
         return 4 * self.body_bytes
+
+    def late(self, now_s: float, since_s: float, moved_bytes: int) -> bool:
+        """Whether who has moved so many bytes since then stands still for too long."""
+        return now_s > since_s + self.patience_s + moved_bytes / self.bytes_per_s
 
     def fitting(self) -> Limits:
         """The same with no more connections, HTTP's and gRPC's, than this process may have descriptors, of which it takes what it needs."""
@@ -77,6 +80,30 @@ class Intake:
             connection.close_next()
 
 
+class Unread:
+    """What a client has not read yet of its answers, looked at once in a while."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._bytes = 0
+        self._since_s = 0.0
+        self._read_bytes = 0
+
+    def stalled(self, now_s: float, unread_bytes: int) -> bool:
+        """Whether the client lets its answer lie, of which so many bytes are left."""
+        before, self._bytes = self._bytes, unread_bytes
+        if before == 0:
+            self._since_s, self._read_bytes = now_s, 0
+        self._read_bytes += max(0, before - unread_bytes)
+        return unread_bytes > 0 and self._limits.late(now_s, self._since_s, self._read_bytes)
+
+
+def reset(transport: asyncio.Transport) -> None:
+    """Ends a connection so that the kernel, too, forgets what was not read."""
+    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
+
+
 class BoundedHttp(GatheringHttp):
     """uvicorn's protocol within an intake's limits; who exceeds them is told (400, 408, 413, 503) where that is still possible, and disconnected."""
 
@@ -88,9 +115,7 @@ class BoundedHttp(GatheringHttp):
         self._since_s = self.loop.time()
         self._framing_bytes = 0
         self._body_bytes = 0
-        self._unread_bytes = 0
-        self._unread_since_s = 0.0
-        self._read_bytes = 0
+        self._unread = Unread(intake.limits)
         self._running: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -159,15 +184,14 @@ class BoundedHttp(GatheringHttp):
 
     def check(self, now_s: float) -> None:
         """Ends the connection if the client has kept it waiting for too long."""
-        if self._unread(now_s):
-            # A reset, or the kernel would keep its part of the answer.
-            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.transport.abort()
-        elif self._in_head and self._late(now_s, self._since_s, 0):
+        late = self._intake.limits.late
+        if self._unread.stalled(now_s, self.transport.get_write_buffer_size()):
+            reset(self.transport)
+        elif self._in_head and late(now_s, self._since_s, 0):
             self._refuse(408, "the head of the request did not come")
         elif self._in_body and not self.flow.read_paused:
             wanted_bytes = 0 if self.cycle.response_complete else self._body_bytes
-            if self._late(now_s, self._since_s, wanted_bytes):
+            if late(now_s, self._since_s, wanted_bytes):
                 self._refuse(408, "the body of the request came too slowly")
 
     def close_next(self) -> None:
@@ -178,19 +202,6 @@ class BoundedHttp(GatheringHttp):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
         super()._start_asgi_task(cycle, app)
-
-    def _unread(self, now_s: float) -> bool:
-        """Whether the client lets its answer lie."""
-        unread, before = self.transport.get_write_buffer_size(), self._unread_bytes
-        self._unread_bytes = unread
-        if before == 0:
-            self._unread_since_s, self._read_bytes = now_s, 0
-        self._read_bytes += max(0, before - unread)
-        return unread > 0 and self._late(now_s, self._unread_since_s, self._read_bytes)
-
-    def _late(self, now_s: float, since_s: float, moved_bytes: int) -> bool:
-        limits = self._intake.limits
-        return now_s > since_s + limits.patience_s + moved_bytes / limits.bytes_per_s
 
     def _refuse(self, status: int, why: str) -> None:
         """Answers, where no answer has begun, and ends the connection."""
@@ -217,32 +228,10 @@ class _Flow(FlowControl):
             super().resume_reading()
 
 
-async def watch(intake: Intake, connections: set[Any]) -> None:
-    """Checks all connections again and again, for ever."""
+async def watch(patience_s: float, *servers: Iterable[Any]) -> None:
+    """Checks the connections of all servers again and again, for ever."""
     loop = asyncio.get_running_loop()
     while True:
-        await asyncio.sleep(min(1.0, intake.limits.patience_s / 4))
-        for connection in list(connections):
+        await asyncio.sleep(min(1.0, patience_s / 4))
+        for connection in [connection for connections in servers for connection in connections]:
             connection.check(loop.time())
-
-
-def grpc_options(limits: Limits) -> list[tuple[str, int]]:
-    """The same for a gRPC server, as far as gRPC can: the number of calls at a time is an argument of the server itself.
-
-    It cannot time a message that does not come to its end; that, too, ends with its connection, which lives for half an hour at most. Clients are
-    told to make another, and calls under way go on.
-    """
-    return [
-        ("grpc.max_send_message_length", limits.body_bytes),
-        ("grpc.max_receive_message_length", limits.body_bytes),
-        ("grpc.max_allowed_incoming_connections", limits.max_connections),
-        ("grpc.max_concurrent_streams", limits.max_connections),
-        ("grpc.max_metadata_size", 64 * KIB),
-        ("grpc.server_handshake_timeout_ms", int(limits.patience_s * 1000)),
-        ("grpc.max_connection_idle_ms", int(limits.keep_alive_s * 1000)),
-        ("grpc.max_connection_age_ms", _MAX_AGE_S * 1000),
-        ("grpc.max_connection_age_grace_ms", _MAX_AGE_GRACE_S * 1000),
-        # A peer that has gone without a word is found by pings.
-        ("grpc.keepalive_time_ms", int(limits.keep_alive_s * 1000)),
-        ("grpc.keepalive_timeout_ms", int(limits.patience_s * 1000)),
-    ]

@@ -11,9 +11,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import grpc  # type: ignore[import-untyped]
 import yaml
 from google.protobuf import json_format
+from google.protobuf.message import DecodeError
 from prometheus_client import REGISTRY, exposition
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -22,12 +22,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from contracts.errors import InvalidValue, SluiceError
-from contracts.units import S
 from predictor import tensors
 from predictor.front import Front, timeout_ns
 from predictor.protocols import management_pb2 as pb
 from predictor.protocols import metadata, repository
 from predictor.protocols.codes import BodyTooLarge, codes
+from predictor.protocols.grpc_calls import Method
+from predictor.protocols.grpc_calls import Request as GrpcRequest
 from predictor.protocols.statistics import statistics
 
 SERVICE = "inference.GRPCInferenceService"
@@ -173,34 +174,29 @@ async def _on_exception(_request: Request, error: Exception) -> Response:
     return _json({"error": f"{type(error).__name__}: {error}"}, 500)
 
 
-def add_service(server: grpc.aio.Server, front: Front) -> None:
-    """Every RPC but ModelInfer. Added before KServe's service it answers for those methods that both have."""
-    handlers = {}
-    for method, (asked, answered, view) in _RPCS.items():
-        handlers[method] = grpc.unary_unary_rpc_method_handler(
-            _rpc(front, view, answered), request_deserializer=asked.FromString, response_serializer=answered.SerializeToString
-        )
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+def methods(front: Front) -> dict[str, Method]:
+    """Every RPC but ModelInfer, by its path."""
+    return {f"/{SERVICE}/{name}": _rpc(front, *rpc) for name, rpc in _RPCS.items()}
 
 
-def _rpc(front: Front, view: Callable[..., Awaitable[object]], answered: type[Any]) -> Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]:
-    async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+def _rpc(front: Front, asked: type[Any], answered: type[Any], view: Callable[..., Awaitable[object]]) -> Method:
+    async def call(request: GrpcRequest) -> bytes:
         try:
-            return json_format.ParseDict(await view(front, request, context), answered(), ignore_unknown_fields=True)
-        except SluiceError as error:
-            _, status, more = codes(error)
-            await context.abort(status, error.message, tuple(more.items()))
+            message = asked.FromString(bytes(request.message))
+        except DecodeError as error:
+            raise InvalidValue(f"the message is no {asked.DESCRIPTOR.name}: {error}") from None
+        found = json_format.ParseDict(await view(front, message, request.timeout_ns), answered(), ignore_unknown_fields=True)
+        return bytes(found.SerializeToString())
 
     return call
 
 
-async def _rpc_load(front: Front, request: Any, context: grpc.aio.ServicerContext) -> object:
-    left_s = context.time_remaining()
-    done = await repository.load(front, _model_name(request), request.parameters, None if left_s is None else max(1, int(left_s * S)))
+async def _rpc_load(front: Front, request: Any, left_ns: int | None) -> object:
+    done = await repository.load(front, _model_name(request), request.parameters, left_ns)
     return {"model_name": done["name"], "done": done["load"]}
 
 
-async def _rpc_unload(front: Front, request: Any, _context: grpc.aio.ServicerContext) -> object:
+async def _rpc_unload(front: Front, request: Any, _left_ns: int | None) -> object:
     done = repository.unload(front, _model_name(request), request.parameters)
     return {"model_name": done["name"], "done": done["unload"]}
 
@@ -212,21 +208,21 @@ def _model_name(request: Any) -> str:
     return str(request.model_name or request.repository_name)
 
 
-async def _rpc_index(front: Front, request: Any, _context: grpc.aio.ServicerContext) -> object:
+async def _rpc_index(front: Front, request: Any, _left_ns: int | None) -> object:
     if request.repository_name:
         raise InvalidValue("there are no repositories to choose from", key="repository_name", value=request.repository_name)
     return {"models": repository.index(front, request.ready)}
 
 
 def _of_server(view: Callable[[Front], object]) -> Callable[..., Awaitable[object]]:
-    async def call(front: Front, _request: Any, _context: grpc.aio.ServicerContext) -> object:
+    async def call(front: Front, _request: Any, _left_ns: int | None) -> object:
         return view(front)
 
     return call
 
 
 def _of_model(view: Callable[[Front, str, str], object]) -> Callable[..., Awaitable[object]]:
-    async def call(front: Front, request: Any, _context: grpc.aio.ServicerContext) -> object:
+    async def call(front: Front, request: Any, _left_ns: int | None) -> object:
         return view(front, request.name, request.version)
 
     return call
@@ -244,4 +240,4 @@ _RPCS: Mapping[str, tuple[type[Any], type[Any], Callable[..., Awaitable[object]]
     "RepositoryModelLoad": (pb.RepositoryModelRequest, pb.RepositoryModelResponse, _rpc_load),
     "RepositoryModelUnload": (pb.RepositoryModelRequest, pb.RepositoryModelResponse, _rpc_unload),
 }
-"""Method -> its request and response, and the view of (front, request, context)."""
+"""Method -> its request and response, and the view of (front, request, ns that are left)."""

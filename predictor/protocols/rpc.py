@@ -1,76 +1,46 @@
-"""KServe's gRPC service: inference, and where the other RPCs are added.
+"""KServe's gRPC service: inference, and all the other RPCs beside it.
 
-Owns the gRPC server's options, and inference: from the message's bytes to shared memory and back, under the caller's deadline.
+Owns inference: from the message's bytes to shared memory and back, under the caller's deadline.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Mapping
 
-import grpc  # type: ignore[import-untyped]
 import numpy as np
 from google.protobuf.message import DecodeError
-from grpc import StatusCode
 
 from contracts.artifact import TEXT, Signature
-from contracts.errors import InvalidTensor, InvalidValue, SluiceError
-from contracts.units import S
+from contracts.errors import InvalidTensor, InvalidValue
 from predictor.dispatch import Outcome
 from predictor.front import Decoded, Front, parameters, timeout_ns
 from predictor.protocols import management, v2, wire
-from predictor.protocols.codes import codes
+from predictor.protocols.grpc_calls import Method, Request
 from predictor.protocols.inference_pb2 import ModelInferRequest, ModelInferResponse, Parameter, Tensor
-from predictor.protocols.limits import Limits, grpc_options
 from predictor.tensors import Array, Given, as_bytes
-
-SERVICE = "inference.GRPCInferenceService"
-SERVICES: tuple[Callable[[grpc.aio.Server, Front], None], ...] = (management.add_service,)
-"""Each adds its handlers to the server, beside inference."""
 
 _RAW_INPUT_CONTENTS, _RAW_OUTPUT_CONTENTS = 7, 6
 
-log = logging.getLogger("sluice.predictor")
+
+def methods(front: Front) -> dict[str, Method]:
+    """Every method of the service, by its path."""
+    return {**management.methods(front), f"/{management.SERVICE}/ModelInfer": functools.partial(_infer, front)}
 
 
-def server(front: Front, limits: Limits) -> grpc.aio.Server:
-    """A gRPC server with every service on it; it has no port yet."""
-    made = grpc.aio.server(options=grpc_options(limits), maximum_concurrent_rpcs=limits.max_connections)
-    handler = grpc.unary_unary_rpc_method_handler(_Inference(front).infer)
-    made.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"ModelInfer": handler}),))
-    for add_service in SERVICES:
-        add_service(made, front)
-    return made
-
-
-class _Inference:
+async def _infer(front: Front, call: Request) -> bytes:
     """ModelInfer on the message's bytes: protobuf parses and writes all but the raw tensors."""
-
-    def __init__(self, front: Front) -> None:
-        self._front = front
-
-    async def infer(self, message: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        """The bytes of a ModelInferResponse; aborts with the code of what went wrong."""
-        try:
-            request, raw = _parse(message)
-            metadata = context.invocation_metadata() or ()
-            return await self._front.infer(
-                request.model_name,
-                lambda signature: _decode(request, raw, signature),
-                _timeout_ns(context.time_remaining(), metadata),
-                version=request.model_version,
-                headers=metadata,
-            )
-        except SluiceError as error:
-            _, status, more = codes(error)
-            await context.abort(status, error.message, tuple(more.items()))
-        except Exception as error:
-            log.exception("a gRPC request could not be handled")
-            await context.abort(StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
-        raise AssertionError("abort raises")
+    request, raw = _parse(call.message)
+    return await front.infer(
+        request.model_name,
+        lambda signature: _decode(request, raw, signature),
+        _timeout_ns(call),
+        version=request.model_version,
+        headers=call.headers,
+    )
 
 
-def _parse(message: bytes) -> tuple[ModelInferRequest, list[memoryview]]:
+def _parse(message: bytes | memoryview) -> tuple[ModelInferRequest, list[memoryview]]:
     """A request without its raw tensors, and those."""
     rest, raw = wire.split(message, _RAW_INPUT_CONTENTS)
     try:
@@ -79,11 +49,10 @@ def _parse(message: bytes) -> tuple[ModelInferRequest, list[memoryview]]:
         raise InvalidValue(f"the message is no ModelInferRequest: {error}") from None
 
 
-def _timeout_ns(left_s: float | None, metadata: Iterable[tuple[str, str | bytes]]) -> int | None:
+def _timeout_ns(call: Request) -> int | None:
     """The shorter of the call's deadline and its `sluice-timeout-ms`; None when it has neither."""
-    asked = next((timeout_ns(value) for key, value in metadata if key == "sluice-timeout-ms"), None)
-    left_ns = None if left_s is None else max(1, int(left_s * S))
-    return min((limit for limit in (asked, left_ns) if limit is not None), default=None)
+    asked_ns = next((timeout_ns(value) for name, value in call.headers if name == b"sluice-timeout-ms"), None)
+    return min((limit for limit in (asked_ns, call.timeout_ns) if limit is not None), default=None)
 
 
 def _decode(request: ModelInferRequest, raw: list[memoryview], signature: Signature) -> Decoded[bytes]:

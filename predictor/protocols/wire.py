@@ -14,7 +14,7 @@ _VARINT, _I64, _LENGTH, _I32 = 0, 1, 2, 5
 _FIXED_BYTES = {_I64: 8, _I32: 4}
 
 
-def split(message: bytes, field: int) -> tuple[bytes, list[memoryview]]:
+def split(message: bytes | memoryview, field: int) -> tuple[bytes, list[memoryview]]:
     """(the message without `field`, the values of `field` in their order); `field` is a repeated `bytes` of the top level. InvalidValue if torn."""
     view, rest, values = memoryview(message), bytearray(), []
     at, end = 0, len(message)
@@ -48,7 +48,7 @@ def join(message: bytes, field: int, values: Iterable[memoryview]) -> bytes:
     return b"".join(parts)
 
 
-def _varint(message: bytes, at: int) -> tuple[int, int]:
+def _varint(message: bytes | memoryview, at: int) -> tuple[int, int]:
     """(value, where it ends)."""
     value = shift = 0
     while at < len(message) and shift < 64:
