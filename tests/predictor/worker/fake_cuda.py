@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import sys
 import threading
 import time
 from collections import deque
@@ -104,6 +105,8 @@ class FakeCuda:
 
     name = "Fake GPU"
     registers_read_only = True
+    pinnable_bytes = sys.maxsize
+    pins = ""
 
     def __init__(
         self,
@@ -216,6 +219,11 @@ class FakeCuda:
         assert memory.data_ptr() not in self.registered
         if self._inline:
             assert ("w" in _access(memory)) != self.registers_read_only, "mapped for more than it need be, or for less"
+        if memory.numel() > self.pinnable_bytes:
+            return False
+        deadline = time.monotonic() + PATIENCE_S
+        while self.pins and not os.path.exists(self.pins) and time.monotonic() < deadline:
+            time.sleep(0.001)
         self.registered.add(memory.data_ptr())
         return True
 
@@ -282,9 +290,12 @@ def connect(backend: str, cls: FunctionClass, first_sm: int, lane_sms: int) -> F
     """In place of `driver.connect` in a process of its own. What the environment says of it:
 
     FAKE_CUDA_BREAKS: a file; once it is there, the context is broken. FAKE_CUDA_WRITABLE: memory that is mapped read only cannot be registered.
+    FAKE_CUDA_PINNABLE: no more bytes can be registered at once. FAKE_CUDA_PINS: a file; nothing is registered before it is there.
     CUDA_MPS_ACTIVE_THREAD_PERCENTAGE: as MPS takes it.
     """
     FakeCuda.registers_read_only = "FAKE_CUDA_WRITABLE" not in os.environ
+    FakeCuda.pinnable_bytes = int(os.environ.get("FAKE_CUDA_PINNABLE", sys.maxsize))
+    FakeCuda.pins = os.environ.get("FAKE_CUDA_PINS", "")
     percent = int(os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "100"))
     return FakeCuda(inline=True, sms=lane_sms if backend == "green" else SMS * percent // 100, breaks=os.environ.get("FAKE_CUDA_BREAKS", ""))
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from contracts.units import MIB
-from contracts.wire import BatchDone, BatchPaused, CopyGrant, Detach, Resume
+from contracts.wire import Attached, BatchDone, BatchPaused, CopyGrant, Detach, Resume
 from tests.predictor.worker.conftest import ForkServer, LaneEnd
 from tests.predictor.worker.fake_cuda import SMS, WHOLE_NS
 
@@ -176,3 +176,35 @@ def test_functions_come_and_go_while_others_run(start: Callable[..., LaneEnd], s
             assert lane.answer(batch).error is None
             assert batch.gives(kept.reference(arrays))
         lane.copies.send(Detach(f"goes-{turn}"))
+
+
+def test_a_function_runs_while_the_weights_of_others_and_its_own_are_pinned(
+    start: Callable[..., LaneEnd], stored: Store, inputs: Inputs, tmp_path: Path
+) -> None:
+    gate, other, model = tmp_path / "gate", stored("mlp?seed=2"), stored("mlp?seed=1")
+    lane = start(environment={"FAKE_CUDA_PINS": str(gate)})
+    memory = lane.map()
+    lane.send_attach("other", other)
+    lane.send_attach("f", model)
+    copy = lane.begin_copy("f", 0, model.index.total_bytes)
+    batch = lane.batch("f", model, [inputs(model, 2, 1)], memory, copy=copy)
+    assert lane.answer(batch).error is None
+    assert batch.gives(model.reference(inputs(model, 2, 1)))
+    lane.until_copied(copy, model.index.total_bytes)
+    gate.touch()
+    assert [lane.next_copy() for _ in range(2)] == [Attached("other"), Attached("f")]
+
+
+def test_weights_that_the_driver_will_not_pin_are_copied_all_the_same(start: Callable[..., LaneEnd], stored: Store, inputs: Inputs) -> None:
+    model = stored("mlp?seed=1")
+    lane = start(environment={"FAKE_CUDA_PINNABLE": str(model.index.total_bytes - 1)})
+    memory = lane.map()
+    lane.send_attach("f", model)
+    assert lane.next_copy() == Attached("f", pinned=False)
+    lane.until_copied(lane.begin_copy("f", 0, model.index.total_bytes), model.index.total_bytes)
+    batch = lane.batch("f", model, [inputs(model, 2, 1)], memory)
+    assert lane.answer(batch).error is None
+    assert batch.gives(model.reference(inputs(model, 2, 1)))
+    lane.copies.send(Detach("f"))
+    lane.send_attach("f", model)
+    assert lane.next_copy() == Attached("f", pinned=False)
