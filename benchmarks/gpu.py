@@ -1,7 +1,8 @@
 """Sluice on a real GPU, against what the same GPU does without it: swaps, SM caps, shares, a best-effort neighbour, overhead, graphs, churn.
 
-Each part has an agent of its own and fails by itself: a part that breaks says why and counts as failed, and the others go on. SLUICE_DEVICE names
-another device than cuda:0; on the CPU device it only shows that the benchmark works.
+Each part has an agent of its own and fails by itself: one that breaks says why and counts as failed, and the others go on. One for which no time is
+left counts as failed, too; the most telling parts come first. SLUICE_DEVICE names another device than cuda:0, SLUICE_LIMIT_S another time than 330 s.
+On the CPU device it only shows that the benchmark works.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu_parts import caps, churn, swap
+from benchmarks.gpu_parts import busy, caps, churn, swap
 from benchmarks.gpu_parts.fleet import weight_bytes
 from benchmarks.node_parts import latency, preemption, shares
 from benchmarks.node_parts.node import catalogued, running
 from benchmarks.result import Metric, Result
+from contracts.errors import Unavailable
 from contracts.functions import Function, FunctionClass, Share
 from contracts.units import GIB, MIB, MS
 from nodeagent.shell.nvml import Nvml
@@ -32,7 +35,8 @@ _MODELS = {name: f"{name}?seed=1" for name in ("resnet50", "resnet152", "bert-ba
 _LONG = "mlp?width=4096&depth=16"
 _CHURNED = ("resnet50?seed={}", "bert-base?num_hidden_layers=4&seed={}", "cnn?seed={}", "mlp?seed={}")
 _PERCENTS = (10, 25, 50, 75, 100)
-_PART_S = 240.0
+_LIMIT_S = "330"
+_LEAST_S = 10.0
 _GPU_MEMORY = 8 * GIB
 
 
@@ -55,6 +59,8 @@ class Size:
     load_s: float
     churn_s: float
     churned: tuple[str, ...]
+    busy_s: float
+    limit_s: float
     percents: tuple[int, ...] = _PERCENTS
     device_bytes: int = _GPU_MEMORY
 
@@ -62,29 +68,34 @@ class Size:
 def run(quick: bool) -> Result:
     """All parts, one after another."""
     device = os.environ.get("SLUICE_DEVICE", "cuda:0")
+    limit_s = float(os.environ.get("SLUICE_LIMIT_S", _LIMIT_S))
     churned = tuple(source.format(seed) for source in _CHURNED for seed in (1, 2))
     if quick:
         models = {name: _MODELS[name] for name in ("resnet50", "bert-large")}
-        size = Size(device, models, "bert-large", _LONG, turns=3, share_s=2, calls=400, load_turns=1, load_s=2, churn_s=10, churned=churned)
+        size = Size(device, models, "bert-large", _LONG, 3, 2, 400, 1, 2, 10, churned, busy_s=4, limit_s=limit_s)
     else:
-        size = Size(device, _MODELS, "gpt2-xl", _LONG, turns=10, share_s=8, calls=4000, load_turns=3, load_s=8, churn_s=60, churned=churned)
+        size = Size(device, _MODELS, "gpt2-xl", _LONG, 10, 8, 4000, 2, 6, 40, churned, busy_s=12, limit_s=limit_s)
     return Result(asyncio.run(measure(size)), seeds=(_SEED,))
 
 
 async def measure(size: Size) -> dict[str, Metric]:
-    """The figures of every part that could be measured, and of each whether it failed."""
+    """The figures of every part that could be measured, and of each whether it failed and how long it took."""
     metrics: dict[str, Metric] = {}
     bare: Bare = {}
-    for part in (_peaks, _swap, _graph, _caps, _quota, _neighbour, _overhead, _churn):
-        name = part.__name__.strip("_")
+    until_s = time.monotonic() + size.limit_s
+    for part in (_peaks, _swap, _overhead, _graph, _caps, _quota, _busy, _neighbour, _churn):
+        name, begun = part.__name__.strip("_"), time.monotonic()
         try:
-            async with asyncio.timeout(_PART_S):
+            if until_s - begun < _LEAST_S:
+                raise TimeoutError(f"no time is left for {name}")
+            async with asyncio.timeout(until_s - begun):
                 metrics |= await part(size, bare)
             failed = 0
         except Exception:
             traceback.print_exc()
             failed = 1
         metrics[f"part_{name}_failed"] = Metric(failed, "parts", 0)
+        metrics[f"seconds_of_{name}"] = Metric(time.monotonic() - begun, "s")
     return metrics
 
 
@@ -93,7 +104,9 @@ async def _peaks(size: Size, bare: Bare) -> dict[str, Metric]:
     if size.device.startswith("cuda"):
         bare["link"] = await _output("predictor.worker.devices.link")
     bare |= await _output("benchmarks.gpu_parts.bare", *size.models.values())
-    found = {f"bare_{name}_{key}": Metric(bare[source][key], "ms") for name, source in size.models.items() for key in _BARE}
+    found = {f"bare_{name}_{key}": Metric(bare[source][key], "ms") for name, source in size.models.items() if source in bare for key in _BARE}
+    if not found:
+        raise Unavailable("no model could be run without Sluice")
     return found | {f"peak_{key}": Metric(value / 1e9, "GB/s") for key, value in bare.get("link", {}).items()}
 
 
@@ -126,7 +139,7 @@ async def _swap(size: Size, bare: Bare) -> dict[str, Metric]:
 async def _graph(size: Size, bare: Bare) -> dict[str, Metric]:
     """A resident model whose graph was recorded in idle time."""
     source = size.models.get("resnet50")
-    if source is None or not bare[source]["graph_ms"]:
+    if source is None or not bare.get(source, {}).get("graph_ms"):
         return {}
     async with running(GIB, (size.device,)) as node:
         found = await swap.measure(node, {"resnet50": source, "other": swap.table(600 * MIB)}, "other", 3)
@@ -149,6 +162,22 @@ async def _quota(size: Size, _: object) -> dict[str, Metric]:
     return {
         "quota_error_points": Metric(max(abs(found.percent["thirty"] - 30), abs(found.percent["sixty"] - 60)), "points", 1),
         "quota_lost": Metric(found.lost, "requests", 0),
+    }
+
+
+async def _busy(size: Size, _: object) -> dict[str, Metric]:
+    """Only a GPU has a driver that says how busy it was."""
+    kind, _, number = size.device.partition(":")
+    if kind != "cuda":
+        return {}
+    with Nvml() as nvml:
+        async with running(size.device_bytes, (size.device,)) as node:
+            found = await busy.measure(node, nvml, int(number), [f"{size.long}&seed={seed}" for seed in (1, 2, 3)], size.busy_s)
+    return {
+        "gpu_seconds_error_percent": Metric(abs(found.error_percent), "%", 2),
+        "gpu_seconds_charged": Metric(found.charged_s, "s"),
+        "gpu_seconds_busy": Metric(found.busy_s, "s"),
+        "gpu_seconds_by_counters": Metric(found.by == busy.Gpm.by, "yes or no"),
     }
 
 

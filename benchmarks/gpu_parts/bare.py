@@ -1,5 +1,7 @@
 """`python -m benchmarks.gpu_parts.bare SOURCE...`: what a GPU does with these models without Sluice, as JSON: the yardsticks of swaps and graphs.
 
+A model that fails says why and is left out.
+
 Of each model, in ms: a warm run, eager and as a CUDA graph, and three ways to a first answer from host memory: `model.to("cuda")` and a run; one
 synchronous copy from pinned memory and a run; copies tensor by tensor on a stream of their own, each layer waiting on the host for its own.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -32,12 +35,13 @@ def measure(source: str, device: str) -> dict[str, float]:
             if tensor.is_floating_point():
                 tensor.normal_(0, 0.02)
     inputs = [torch.from_numpy(array).to(device) for array in _inputs(source).values()]
-    host = {name: _pin(tensor.cpu(), device) for name, tensor in module.state_dict().items()}
+    plain = {name: tensor.cpu() for name, tensor in module.state_dict().items()}
+    host = {name: _pin(tensor, device) for name, tensor in plain.items()}
     found = {"bytes": float(sum(tensor.nbytes for tensor in host.values()))}
     with torch.inference_mode():
         found["warm_ms"] = _ms(lambda: module(*inputs), device)
         found["graph_ms"] = _graph_ms(module, inputs, device)
-        found["to_device_ms"] = _ms(lambda: _load_new(module, host, inputs, device), device)
+        found["to_device_ms"] = _ms(lambda: _load_new(module, plain, inputs, device), device)
         found["pinned_ms"] = _ms(lambda: _copy_all(module, host, inputs), device)
         found["host_waits_ms"] = _ms(lambda: _pipelined(module, host, inputs, device), device)
     return found
@@ -54,7 +58,7 @@ def _pin(tensor: torch.Tensor, device: str) -> torch.Tensor:
 
 def _load_new(module: torch.nn.Module, host: dict[str, torch.Tensor], inputs: list[torch.Tensor], device: str) -> None:
     """As `model.to` does it: new memory, from pageable memory, tensor by tensor."""
-    kept = [torch.empty_like(tensor, pin_memory=False).to(device) for tensor in host.values()]
+    kept = [tensor.to(device, copy=True) for tensor in host.values()]
     module(*inputs)
     del kept
 
@@ -112,4 +116,10 @@ def _ms(run: Callable[[], object], device: str) -> float:
 
 if __name__ == "__main__":
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    print(json.dumps({source: measure(source, where) for source in sys.argv[1:]}))
+    found = {}
+    for argument in sys.argv[1:]:
+        try:
+            found[argument] = measure(argument, where)
+        except Exception:
+            traceback.print_exc()
+    print(json.dumps(found))

@@ -69,7 +69,7 @@ class Kept:
 
 @dataclass(slots=True)
 class Found:
-    """What was measured so far; `served`: every request by system; `load_s`: how long the fleet took to load; `broken`: searches that an error ended."""
+    """What was measured so far; `served`: every request by system; `load_s`: the time to load the fleet; `broken`: searches that an error ended."""
 
     fleet: Fleet
     device_bytes: int

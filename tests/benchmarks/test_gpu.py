@@ -25,6 +25,8 @@ def test_every_part_runs() -> None:
         load_s=1,
         churn_s=2,
         churned=("mlp?seed=1", "cnn?seed=1"),
+        busy_s=1,
+        limit_s=1500,
         percents=(50, 100),
         device_bytes=64 * MIB,
     )
