@@ -21,6 +21,7 @@ from torch import Tensor
 from contracts.artifact import WeightIndex
 from contracts.errors import InvalidArtifact, Unavailable
 from contracts.units import format_bytes
+from models import huge
 from models import store as files
 from models.layout import Layout, record
 from models.load import Loaded
@@ -101,7 +102,7 @@ def _write_weights(weights: Mapping[str, Tensor], index: WeightIndex, store: Pat
     temporary = _temporary(store, made)
     hasher = blake3(max_threads=THREADS)
     with open(temporary, "r+b", buffering=0) as file, at_once() as start:
-        os.posix_fallocate(file.fileno(), 0, index.total_bytes)
+        huge.allocate(file.fileno(), index.total_bytes)
         end = 0
         for entry in index.tensors:
             content = memoryview(weights[entry.name].contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

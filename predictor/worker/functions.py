@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import mmap
 import os
 import queue
 import threading
@@ -21,6 +20,7 @@ import torch
 from contracts.artifact import Signature, WeightIndex, decode_index
 from contracts.errors import InvalidArtifact, SluiceError, Unavailable, from_wire, to_wire
 from contracts.wire import Attach, Attached
+from models import huge
 from models.program import build
 from models.weights import views
 from predictor.worker.devices.base import Device
@@ -203,5 +203,5 @@ def _map(weights_fd: int, writable: bool) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8)
     if writable:
         with contextlib.suppress(OSError), open(f"/proc/self/fd/{weights_fd}", "r+b", buffering=0) as file:
-            return torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=torch.uint8)
-    return torch.frombuffer(mmap.mmap(weights_fd, nbytes, prot=mmap.PROT_READ), dtype=torch.uint8)
+            return torch.frombuffer(huge.map_file(file.fileno(), nbytes, writable=True), dtype=torch.uint8)
+    return torch.frombuffer(huge.map_file(weights_fd, nbytes), dtype=torch.uint8)
