@@ -120,7 +120,10 @@ class Cancel(Message, frozen=True):
 
 
 class Answer(Message, frozen=True):
-    """The batch ran; its outputs lie where the Submit reserved them. `swap_ns` is the time that the run stood still for weights."""
+    """The batch ran; its outputs lie where the Submit reserved them.
+
+    `swap_ns`: it waited for weights that were on their way, before it took a lane and on it; `queue_ns`: for anything else until it first took one.
+    """
 
     id: int
     queue_ns: int

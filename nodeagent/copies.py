@@ -8,9 +8,25 @@ from __future__ import annotations
 
 
 class CopyTask:
-    """One copy: `granted_bytes` may go, `copied_bytes` have arrived. `due_ns` is when all should be there."""
+    """One copy: `granted_bytes` may go, `copied_bytes` have arrived. `due_ns` is when all should be there.
 
-    __slots__ = ("copied_bytes", "copy", "device", "due_ns", "granted_bytes", "lane", "nbytes", "owner", "started_ns", "vruntime", "weight")
+    `moved_ns` is when it last went on, or was given something to do.
+    """
+
+    __slots__ = (
+        "copied_bytes",
+        "copy",
+        "device",
+        "due_ns",
+        "granted_bytes",
+        "lane",
+        "moved_ns",
+        "nbytes",
+        "owner",
+        "started_ns",
+        "vruntime",
+        "weight",
+    )
 
     def __init__(self, copy: int, device: str, lane: int, owner: int, nbytes: int, weight: int, started_ns: int, due_ns: int) -> None:
         self.copy = copy
@@ -19,7 +35,7 @@ class CopyTask:
         self.owner = owner
         self.nbytes = nbytes
         self.weight = weight
-        self.started_ns = started_ns
+        self.started_ns = self.moved_ns = started_ns
         self.due_ns = due_ns
         self.granted_bytes = 0
         self.copied_bytes = 0
@@ -34,16 +50,16 @@ class CopyTask:
 
 
 class Link:
-    """The copies that share one host link."""
+    """The copies that share one host link, granted in chunks of `chunk_bytes`."""
 
     def __init__(self, chunk_bytes: int, chunks_in_flight: int, bytes_per_s: int) -> None:
         self.tasks: dict[int, CopyTask] = {}
         self.bytes_per_s = bytes_per_s
         self.waiting_bytes = 0
         """Bytes that copies under way still have to move."""
-        self._chunk_bytes = chunk_bytes
+        self.chunk_bytes = chunk_bytes
         self._window_bytes = chunk_bytes * chunks_in_flight
-        self._in_flight_bytes = 0
+        self.in_flight_bytes = 0
         self._vruntime = 0
 
     def begin(self, task: CopyTask) -> None:
@@ -52,16 +68,18 @@ class Link:
         self.tasks[task.copy] = task
         self.waiting_bytes += task.nbytes
 
-    def progress(self, copy: int, copied_bytes: int) -> CopyTask | None:
+    def progress(self, copy: int, copied_bytes: int, now_ns: int) -> CopyTask | None:
         """Bytes have arrived; returns the task, or None if the copy is unknown (its lane was lost)."""
         task = self.tasks.get(copy)
         if task is None:
             return None
         copied_bytes = min(max(copied_bytes, task.copied_bytes), task.granted_bytes)
         arrived_bytes = copied_bytes - task.copied_bytes
-        self._in_flight_bytes -= arrived_bytes
+        self.in_flight_bytes -= arrived_bytes
         self.waiting_bytes -= arrived_bytes
         task.copied_bytes = copied_bytes
+        if arrived_bytes:
+            task.moved_ns = now_ns
         if copied_bytes == task.nbytes:
             del self.tasks[copy]
         return task
@@ -69,31 +87,37 @@ class Link:
     def abandon(self, copy: int) -> None:
         """A copy ends unfinished (its lane was lost)."""
         task = self.tasks.pop(copy)
-        self._in_flight_bytes -= task.granted_bytes - task.copied_bytes
+        self.in_flight_bytes -= task.granted_bytes - task.copied_bytes
         self.waiting_bytes -= task.nbytes - task.copied_bytes
 
     def grant(self, now_ns: int) -> list[CopyTask]:
         """Grants chunks while the link has room; returns each task that was granted more, once."""
         granted: dict[int, CopyTask] = {}
         open_tasks = [task for task in self.tasks.values() if task.granted_bytes < task.nbytes]
-        while open_tasks and self._in_flight_bytes < self._window_bytes:
+        while open_tasks and self.in_flight_bytes < self._window_bytes:
             task = open_tasks[0] if len(open_tasks) == 1 else min(open_tasks, key=lambda t: (-t.behind_bytes(now_ns), t.vruntime, t.copy))
             left = task.nbytes - task.granted_bytes
-            chunk = left if left < self._chunk_bytes else self._chunk_bytes
-            if self._in_flight_bytes + chunk > self._window_bytes:
+            chunk = left if left < self.chunk_bytes else self.chunk_bytes
+            if self.in_flight_bytes + chunk > self._window_bytes:
                 break
             self._vruntime = task.vruntime
+            if task.granted_bytes == task.copied_bytes:
+                task.moved_ns = now_ns
             task.granted_bytes += chunk
             task.vruntime += (chunk << 10) // task.weight
-            self._in_flight_bytes += chunk
+            self.in_flight_bytes += chunk
             granted[task.copy] = task
             if chunk == left:
                 open_tasks.remove(task)
         return list(granted.values())
 
+    def alone_ns(self, nbytes: int) -> int:
+        """How long so many bytes take a copy that has the link for itself."""
+        return nbytes * 1_000_000_000 // self.bytes_per_s
+
     def swap_ns(self, nbytes: int) -> int:
         """How long the weights would take now: behind half of what is under way, since the link is shared."""
-        return (nbytes + self.waiting_bytes // 2) * 1_000_000_000 // self.bytes_per_s
+        return self.alone_ns(nbytes + self.waiting_bytes // 2)
 
     def observe(self, nbytes: int, took_ns: int) -> None:
         """A copy that had the link for itself took this long: the expected speed follows."""

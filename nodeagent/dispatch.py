@@ -11,8 +11,9 @@ from nodeagent import events as ev
 from nodeagent.copies import Link
 from nodeagent.entities import Device, FunctionState, Lane, LaneState, RequestState
 from nodeagent.lane_pool import LanePool
+from nodeagent.memory import Place
 from nodeagent.node import Node
-from nodeagent.placement import RunOn, SwapTo, choose, find_place, holder_wait_ns, lane_with_weights
+from nodeagent.placement import RunOn, SwapTo, choose, find_place, holder_wait_ns, lane_with_weights, link_busy, stall_ns
 from nodeagent.swaps import Swaps
 from nodeagent.tokens import Tier, lateness_rank
 
@@ -90,7 +91,7 @@ class Dispatcher:
         function = request.function
         if self.node.ready.order or self.node.freed or function.account.limit_due_ns > now_ns:
             return False
-        lane = lane_with_weights(function, self.node.device_list)
+        lane = lane_with_weights(function, request.rows, self.node.device_list)
         if lane is None:
             return False
         self._start(request, lane, now_ns)
@@ -141,25 +142,36 @@ class Dispatcher:
 
     def _try(self, function: FunctionState, candidates: Sequence[Device], now_ns: int, *, may_preempt: bool = True) -> bool:
         """Starts a function's next batch on one of these devices, or a hit in its place, if its choice permits."""
-        choice = choose(function, candidates, self.node.devices, self.node.functions, now_ns)
+        node = self.node
+        choice = choose(function, candidates, node.devices, node.functions, node.ready.head(_SCAN), now_ns)
         if isinstance(choice, RunOn):
             self._run(function, choice.lane, now_ns)
             return True
         if isinstance(choice, SwapTo):
-            # While the hit runs the copy goes on: being overtaken costs little.
-            hit = self._hit_behind(function, choice, now_ns)
-            self._swaps.begin(function, choice.lane, choice.place, now_ns)
-            self._run(*(hit or (function, choice.lane)), now_ns)
+            self._swap(function, choice, now_ns)
             return True
-        function.stuck = not choice.holder_ns
+        function.stuck = not (choice.holder_ns or choice.for_link)
         function.holder_until_ns = now_ns + choice.holder_ns
         if choice.lane_wanted is not None:
             self._pool.want(choice.lane_wanted, function.lane_key, now_ns)
         elif function.stuck:
             device = self._preempt(function, candidates, now_ns) if may_preempt else None
-            if function.overtaken >= self.node.settings.skip_limit:
+            if function.overtaken >= node.settings.skip_limit:
                 self._hold(function, device)
         return False
+
+    def _swap(self, function: FunctionState, choice: SwapTo, now_ns: int) -> None:
+        """The copy begins at once; the batch takes its lane now if it hides the whole of it, else when it hides what is left."""
+        if choice.stall_ns:
+            self._swaps.begin(function, choice.lane, choice.place, now_ns)
+            function.stuck = False
+            function.holder_until_ns = now_ns + choice.stall_ns
+            self._release_hold(function)
+            return
+        # While the hit runs the copy goes on: being overtaken costs little.
+        hit = self._hit_behind(function, choice, now_ns)
+        self._swaps.begin(function, choice.lane, choice.place, now_ns)
+        self._run(*(hit or (function, choice.lane)), now_ns)
 
     def _hold(self, function: FunctionState, device: Device | None) -> None:
         """Keeps a device free for a starved function: the one that makes room, or holds it, or is least busy, of those that are large enough."""
@@ -224,8 +236,11 @@ class Dispatcher:
         extent = function.extents[lane.device.spec.id]
         extent.pins += 1
         request.lane = lane
-        request.started_ns = request.started_ns or now_ns
-        request.cold = request.cold or not extent.resident
+        if not request.started_ns:
+            request.started_ns = now_ns
+            request.weights_ns = extent.waited_ns(request.arrived_ns, now_ns) if extent.unused else 0
+        request.cold = request.cold or not extent.resident or request.weights_ns > 0
+        extent.unused = False
         request.estimate_ns = function.estimate.run_ns(request.rows)
         function.account.begin(request.estimate_ns)
         function.running += 1
@@ -245,13 +260,14 @@ class Dispatcher:
             self._pool.occupy(lane, now_ns)
             self.node.emit(ev.Resume(lane.number, request.number))
 
-    def _would_use(self, function: FunctionState, device: Device, now_ns: int) -> bool:
-        """With SMs and a lane there it would run on this device: its weights are there, or could be, sooner than another that holds them is free."""
-        if device.spec.id in function.extents:
-            return True
-        if holder_wait_ns(function, self.node.devices, now_ns) <= device.link.swap_ns(function.spec.weight_bytes):
-            return False
-        return find_place(function, device, self.node.functions, now_ns) is not None
+    def _room_for(self, function: FunctionState, device: Device, now_ns: int) -> Place | None:
+        """Where on the device its weights would go: sooner than another that holds them is free, and over a link that is free."""
+        link = device.link
+        if link.tasks and link_busy(link, function.spec.cls, self.node.functions):
+            return None
+        if holder_wait_ns(function, self.node.devices, self.node.ready.head(_SCAN), now_ns) <= link.swap_ns(function.spec.weight_bytes):
+            return None
+        return find_place(function, device, self.node.functions, now_ns)
 
     def _preempt(self, function: FunctionState, candidates: Sequence[Device], now_ns: int) -> Device | None:
         """Asks less urgent best-effort batches to pause where that makes room; returns the device that will have it."""
@@ -263,20 +279,38 @@ class Dispatcher:
         for device in sorted(candidates, key=lambda d: d.spec.id not in function.extents) if len(candidates) > 1 else candidates:
             if not device.pausable or device.held_for not in (None, function):
                 continue
-            room = 100 - device.running_sm + sum(lane.held_sm for lane in device.lanes.values() if lane.state is LaneState.PAUSING)
-            victims: list[Lane] = []
-            for lane in device.preemptible():
-                if room >= function.lane_key[0]:
-                    break
-                if lane.request is not None and lane.request.function.account.tier(now_ns)[0] > tier:
-                    victims.append(lane)
-                    room += lane.held_sm
-            if room < function.lane_key[0]:
-                continue
-            if device.idle_lane(function.lane_key) is None:
-                self._pool.want(device, function.lane_key, now_ns)
-            elif self._would_use(function, device, now_ns):
-                for lane in victims:
-                    self._pool.pause(lane)
+            victims = _victims(device, function.lane_key[0], tier, now_ns)
+            if victims is not None and self._take_over(function, device, victims, now_ns):
                 return device
         return None
+
+    def _take_over(self, function: FunctionState, device: Device, victims: list[Lane], now_ns: int) -> bool:
+        """Pauses the victims if the function can use their room now; if weights have to come first, sends for them: they run on meanwhile."""
+        lane = device.idle_lane(function.lane_key)
+        if lane is None:
+            self._pool.want(device, function.lane_key, now_ns)
+            return False
+        if device.spec.id not in function.extents:
+            place = self._room_for(function, device, now_ns)
+            if place is None:
+                return False
+            stall = stall_ns(function, function.queue[0].rows, device.link, function.spec.weight_bytes)
+            if stall:
+                self._swap(function, SwapTo(lane, place, stall), now_ns)
+                return True
+        for victim in victims:
+            self._pool.pause(victim)
+        return True
+
+
+def _victims(device: Device, sm_percent: int, tier: Tier, now_ns: int) -> list[Lane] | None:
+    """The running batches, less urgent than this tier, whose pause makes room for so many SMs; None if that takes more."""
+    room = 100 - device.running_sm + sum(lane.held_sm for lane in device.lanes.values() if lane.state is LaneState.PAUSING)
+    victims: list[Lane] = []
+    for lane in device.preemptible():
+        if room >= sm_percent:
+            break
+        if lane.request is not None and lane.request.function.account.tier(now_ns)[0] > tier:
+            victims.append(lane)
+            room += lane.held_sm
+    return victims if room >= sm_percent else None

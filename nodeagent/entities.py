@@ -102,7 +102,10 @@ class FunctionState:
 
 
 class RequestState:
-    """An accepted request until it is answered. While it is paused it stands in the ready queue itself."""
+    """An accepted request until it is answered. While it is paused it stands in the ready queue itself.
+
+    `weights_ns`: how long it waited for its function's weights before it took a lane.
+    """
 
     __slots__ = (
         "arrived_ns",
@@ -123,6 +126,7 @@ class RequestState:
         "turn",
         "waiting",
         "wake_ns",
+        "weights_ns",
     )
 
     def __init__(self, event: RequestArrived, function: FunctionState, now_ns: int) -> None:
@@ -133,6 +137,7 @@ class RequestState:
         self.requests = event.requests
         self.arrived_ns = now_ns
         self.started_ns = 0
+        self.weights_ns = 0
         self.slo_deadline_ns = event.slo_deadline_ns
         self.deadline_ns = event.deadline_ns
         self.lane: Lane | None = None
@@ -164,11 +169,11 @@ class LaneState(enum.Enum):
 class Lane:
     """A lane of a device. `since_ns` is when it took up its present state. Sizes are percent of the device's SMs.
 
-    `sm_percent` is its cap, `held_sm` what it holds of its device while it runs. `doomed`: it was told to end with a batch in hand, which hangs, or
-    whose device is lost.
+    `sm_percent` is its cap, `held_sm` what it holds of its device while it runs. `copies` counts those that it makes. `doomed`: it was told to end
+    with a batch in hand, since it hangs or its device is lost.
     """
 
-    __slots__ = ("best_effort", "device", "doomed", "held_sm", "key", "number", "request", "since_ns", "sm_percent", "state")
+    __slots__ = ("best_effort", "copies", "device", "doomed", "held_sm", "key", "number", "request", "since_ns", "sm_percent", "state")
 
     def __init__(self, number: int, device: Device, key: LaneKey, now_ns: int) -> None:
         self.number = number
@@ -180,6 +185,7 @@ class Lane:
         self.state = LaneState.STARTING
         self.request: RequestState | None = None
         self.since_ns = now_ns
+        self.copies = 0
         self.doomed = False
 
     @property
@@ -245,11 +251,14 @@ class Device:
         self.lost = False
 
     def idle_lane(self, key: LaneKey, number: int = 0) -> Lane | None:
-        """An idle lane of this size and class; with a number, only that one."""
+        """An idle lane of this size and class; with a number, only that one. One that copies has a batch of its own to come: better another."""
+        second = None
         for lane in self.lanes_by_key.get(key, ()):
             if lane.state is LaneState.IDLE and (not number or lane.number == number):
-                return lane
-        return None
+                if not lane.copies or number:
+                    return lane
+                second = second or lane
+        return second
 
     def lacks_lane(self, key: LaneKey) -> bool:
         """One more lane of this size and class could run beside those there are, and none is on its way."""
@@ -258,6 +267,10 @@ class Device:
         peers = self.lanes_by_key.get(key, ())
         most = 1 if self.spec.exclusive else 100 // key[0]
         return len(peers) < most and not any(lane.state is LaneState.STARTING for lane in peers)
+
+    def free_in_ns(self, now_ns: int) -> int:
+        """When the first of its batches is expected to end."""
+        return min((lane.remaining_ns(now_ns) for lane in self.lanes.values() if lane.request is not None), default=0)
 
     def preemptible(self) -> Iterator[Lane]:
         """Lanes whose running batch may be asked to pause."""

@@ -16,6 +16,11 @@ class RunEstimate:
         self._first_ns = max(1, first_ns)
         self._by_rows: dict[int, int] = {}
 
+    @property
+    def measured(self) -> bool:
+        """Some batch has run."""
+        return bool(self._by_rows)
+
     def run_ns(self, rows: int) -> int:
         """Expected GPU time of a batch."""
         known = self._by_rows.get(rows)

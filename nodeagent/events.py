@@ -203,7 +203,11 @@ class Resume(Command, frozen=True):
 
 
 class Answer(Command, frozen=True):
-    """Hand the request's result to whoever asked. `queue_ns` until it first ran, `swap_ns` standing still for weights, `run_ns` of GPU time."""
+    """Hand the request's result to whoever asked: `run_ns` of GPU time.
+
+    `swap_ns`: it waited for weights that were on their way, before it took a lane and on it. `queue_ns`: it waited for anything else until it first
+    took one.
+    """
 
     request: int
     queue_ns: int

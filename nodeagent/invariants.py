@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from nodeagent.copies import Link
 from nodeagent.entities import Device, LaneState
+from nodeagent.lane_pool import LanePool
 from nodeagent.memory import aligned
+from nodeagent.tokens import NEVER_NS
 
 if TYPE_CHECKING:
     from nodeagent.state import NodeState
 
 
-def check(state: NodeState) -> None:
+def check(state: NodeState, pool: LanePool) -> None:
     """AssertionError that says what does not hold."""
     for device in state.devices.values():
         _check_sm(device)
         _check_memory(state, device)
         if device.lost:
             _check_lost(device)
+    for name, link in state.node.links.items():
+        _check_link(state, name, link)
+    _check_watch(state, pool)
     _check_requests(state)
     _check_accounts(state)
 
@@ -53,11 +59,34 @@ def _check_memory(state: NodeState, device: Device) -> None:
         copying = extent.copy in device.link.tasks
         assert copying == (extent.copy != 0), f"{device.spec.id}: copy {extent.copy} is not under way"
         assert extent.pins == users + copying, f"{device.spec.id}: {extent.pins} pins, {users} users, copy {extent.copy}"
+        assert not (users and extent.unused), f"{device.spec.id}: weights of {extent.owner} are in use and count as unused"
     used = sum(aligned(extent.nbytes) for extent in extents)
     assert used == device.memory.used_bytes <= device.memory.capacity_bytes, (
         f"{device.spec.id}: {used} bytes used, {device.memory.used_bytes} counted"
     )
     assert end <= device.memory.capacity_bytes
+
+
+def _check_link(state: NodeState, name: str, link: Link) -> None:
+    tasks = link.tasks.values()
+    classes = [state.node.functions[task.owner].spec.cls for task in tasks]
+    assert len(classes) == len(set(classes)), f"{name}: copies of one class share it: {classes}"
+    left, in_flight = sum(task.nbytes - task.copied_bytes for task in tasks), sum(task.granted_bytes - task.copied_bytes for task in tasks)
+    assert left == link.waiting_bytes, f"{name}: {left} bytes are left, {link.waiting_bytes} counted"
+    assert in_flight == link.in_flight_bytes, f"{name}: {in_flight} bytes in flight, {link.in_flight_bytes} counted"
+    assert bool(in_flight) == bool(tasks), f"{name} has work and stands still"
+    for task in tasks:
+        lane = state.lanes.get(task.lane)
+        assert lane is not None and lane.device.spec.id == task.device, f"{name}: copy {task.copy} has no lane"
+
+
+def _check_watch(state: NodeState, pool: LanePool) -> None:
+    """Whatever is under way has somebody who notices that it does not go on."""
+    copies = Counter(task.lane for link in state.node.links.values() for task in link.tasks.values())
+    for lane in state.lanes.values():
+        assert copies[lane.number] == lane.copies, f"lane {lane.number} makes {copies[lane.number]} copies, {lane.copies} counted"
+    watched = any(lane.serving for lane, _ in pool.watched())
+    assert not watched or state.tick_ns <= state.node.watch_ns < NEVER_NS, f"looked at {state.node.watch_ns}, the next tick is {state.tick_ns}"
 
 
 def _check_requests(state: NodeState) -> None:

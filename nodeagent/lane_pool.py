@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from contracts.units import S
 from nodeagent import events as ev
-from nodeagent.entities import Device, Lane, LaneKey, LaneState
+from nodeagent.entities import Device, FunctionState, Lane, LaneKey, LaneState
 from nodeagent.node import Node
 from nodeagent.swaps import Swaps
 from nodeagent.tokens import NEVER_NS
@@ -20,8 +22,6 @@ class LanePool:
     def __init__(self, node: Node, swaps: Swaps) -> None:
         self.node = node
         self._swaps = swaps
-        self.watch_ns = NEVER_NS
-        """When `end_hung` is next needed."""
 
     def occupy(self, lane: Lane, now_ns: int) -> None:
         """A batch starts or goes on: the lane holds its SMs."""
@@ -31,9 +31,7 @@ class LanePool:
         device.running_sm += lane.held_sm
         if lane.preemptible:
             device.pausable += 1
-        watch_ns = now_ns + self.node.settings.hang_ns
-        if watch_ns < self.watch_ns:
-            self.watch_ns = watch_ns
+        self.node.watch(now_ns + self.node.settings.hang_ns)
 
     def pause(self, lane: Lane) -> None:
         """Asks its batch to stand still at the next gate; it holds its SMs until then."""
@@ -89,24 +87,43 @@ class LanePool:
 
     def stop(self, lane: Lane, now_ns: int) -> None:
         """Stops an idle lane. A copy that it makes is lost with it, so a copying lane stays."""
-        if not any(task.lane == lane.number for task in lane.device.link.tasks.values()):
+        if not lane.copies:
             self.vacate(lane, LaneState.STOPPING, now_ns)
             self.node.emit(ev.StopLane(lane.number))
 
     def end_hung(self, now_ns: int) -> None:
-        """Ends lanes whose batch runs far beyond all that is expected. It keeps its SMs until it has gone; its batch is a lost lane's."""
-        if now_ns < self.watch_ns:
+        """Ends lanes whose batch runs far beyond all that is expected, and those that have long stopped to copy. What they held is a lost lane's."""
+        if now_ns < self.node.watch_ns:
             return
-        self.watch_ns = NEVER_NS
+        self.node.watch_ns = NEVER_NS
+        for lane, hangs_ns in self.watched():
+            if not lane.serving:
+                continue
+            if hangs_ns <= now_ns:
+                self._end(lane, now_ns)
+            else:
+                self.node.watch(min(hangs_ns, now_ns + self.node.settings.hang_ns))
+
+    def watched(self) -> Iterator[tuple[Lane, int]]:
+        """Lanes that have a batch or a copy to go on with, and when that counts as hung. A copy hangs when no part of it arrives for long."""
         for lane in self.node.lanes.values():
-            if lane.active and not lane.doomed:
-                hangs_ns = self._hangs_ns(lane)
-                if hangs_ns <= now_ns:
-                    lane.device.pausable -= lane.preemptible
-                    lane.doomed = True
-                    self.node.emit(ev.StopLane(lane.number))
-                else:
-                    self.watch_ns = min(self.watch_ns, hangs_ns)
+            if lane.active:
+                yield lane, self._hangs_ns(lane)
+        for link in self.node.links.values():
+            for task in link.tasks.values():
+                in_flight_bytes = task.granted_bytes - task.copied_bytes
+                if in_flight_bytes:
+                    patience_ns = max(self.node.settings.hang_ns, _HANG_FACTOR * link.alone_ns(in_flight_bytes))
+                    yield self.node.lanes[task.lane], task.moved_ns + patience_ns
+
+    def _end(self, lane: Lane, now_ns: int) -> None:
+        """Tells a lane to end. One with a batch in hand keeps that and its SMs until it has gone; it is then a lost lane's."""
+        if lane.request is None:
+            self.vacate(lane, LaneState.STOPPING, now_ns)
+        else:
+            lane.device.pausable -= lane.preemptible
+            lane.doomed = True
+        self.node.emit(ev.StopLane(lane.number))
 
     def _hangs_ns(self, lane: Lane) -> int:
         """When its batch counts as hung: after its deadline (one far away is not trusted), and after ten times what run and copy should take."""
@@ -118,24 +135,19 @@ class LanePool:
         return max(lane.since_ns + patience_ns, min(request.deadline_ns, lane.since_ns + _TRUSTED_PERIODS * hang_ns))
 
     def end_all(self, device: Device, now_ns: int) -> None:
-        """Ends every lane of a lost device. Those with a batch in hand keep it until they have gone; it is then a lost lane's."""
+        """Ends every lane of a lost device."""
         for lane in device.lanes.values():
-            if lane.state is LaneState.STOPPING or lane.doomed:
-                continue
-            if lane.request is None:
-                self.vacate(lane, LaneState.STOPPING, now_ns)
-            else:
-                device.pausable -= lane.preemptible
-                lane.doomed = True
-            self.node.emit(ev.StopLane(lane.number))
+            if lane.state is not LaneState.STOPPING and not lane.doomed:
+                self._end(lane, now_ns)
 
-    def drop(self, lane: Lane, now_ns: int) -> None:
-        """The lane has gone: its copies are lost; starts are slowed down when lanes keep failing before they serve."""
+    def drop(self, lane: Lane, now_ns: int) -> list[FunctionState]:
+        """The lane has gone: its copies are lost; starts are slowed down when lanes keep failing before they serve. Returns whose copies are lost."""
         device = lane.device
         if lane.state is LaneState.STARTING:
             device.failed_starts += 1
             self.node.start_after(device, now_ns + min(30 * S, _FIRST_BACKOFF_NS << min(device.failed_starts, 10)))
         self.vacate(lane, LaneState.STOPPING, now_ns)
-        self._swaps.abandon(lane, now_ns)
+        losers = self._swaps.abandon(lane, now_ns)
         del self.node.lanes[lane.number], device.lanes[lane.number]
         device.lanes_by_key[lane.key].remove(lane)
+        return losers

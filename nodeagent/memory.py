@@ -12,14 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 import msgspec
 
 from contracts.artifact import ALIGNMENT
+from nodeagent.tokens import NEVER_NS
 
 
 class Extent:
-    """Weights on a device, or on their way to it (`copy` is then the copy's id). `pins` count the runs and copies that need them to stay."""
+    """Weights on a device, or on their way to it (`copy` is then the copy's id). `pins` count the runs and copies that need them to stay.
 
-    __slots__ = ("copied_bytes", "copy", "end", "nbytes", "offset", "owner", "pins")
+    `unused` until the first batch takes a lane: until then `asked_ns` is when the copy began, and `near_ns` when so much of it was done that a batch
+    could begin.
+    """
 
-    def __init__(self, owner: int, offset: int, nbytes: int, copy: int) -> None:
+    __slots__ = ("asked_ns", "copied_bytes", "copy", "end", "nbytes", "near_ns", "offset", "owner", "pins", "unused")
+
+    def __init__(self, owner: int, offset: int, nbytes: int, copy: int, asked_ns: int = 0) -> None:
         self.owner = owner
         self.offset = offset
         self.nbytes = nbytes
@@ -27,11 +32,23 @@ class Extent:
         self.copy = copy
         self.copied_bytes = 0
         self.pins = 0
+        self.unused = True
+        self.asked_ns = asked_ns
+        self.near_ns = NEVER_NS
 
     @property
     def resident(self) -> bool:
         """All weights have arrived."""
         return self.copy == 0
+
+    @property
+    def missing_bytes(self) -> int:
+        """What has not arrived yet."""
+        return self.nbytes - self.copied_bytes if self.copy else 0
+
+    def waited_ns(self, since_ns: int, now_ns: int) -> int:
+        """For how long since then a batch, the first that uses these weights, had to wait for them rather than for anything else."""
+        return max(0, min(now_ns, self.near_ns) - max(since_ns, self.asked_ns))
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -76,9 +93,9 @@ class DeviceMemory:
                 return Place(min(holes)[1], ())
         return self._cheapest_run(need, costs(self._ordered))
 
-    def take(self, owner: int, offset: int, nbytes: int, copy: int) -> Extent:
-        """Reserves a place that is free."""
-        extent = Extent(owner, offset, nbytes, copy)
+    def take(self, owner: int, offset: int, nbytes: int, copy: int, now_ns: int = 0) -> Extent:
+        """Reserves a place that is free, for a copy that begins now."""
+        extent = Extent(owner, offset, nbytes, copy, now_ns)
         at = bisect(self._ordered, offset, key=lambda other: other.offset)
         before = self._ordered[at - 1].end if at else 0
         after = self._ordered[at].offset if at < len(self._ordered) else self.capacity_bytes

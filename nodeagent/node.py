@@ -30,6 +30,8 @@ class Node:
         self.freed: dict[Device, None] = {}
         self.restart_ns = NEVER_NS
         """When the first device that had to wait may start a lane again."""
+        self.watch_ns = NEVER_NS
+        """When lanes are next looked at: whether one hangs."""
         self._out: list[ev.Command] = []
         self.emit: Callable[[ev.Command], None] = self._out.append
         """A command goes out, after those before it."""
@@ -44,6 +46,11 @@ class Node:
     def free(self, device: Device) -> None:
         """SMs, a lane or memory of this device have become free: the next dispatch looks there."""
         self.freed[device] = None
+
+    def watch(self, at_ns: int) -> None:
+        """Something began that would by then be suspected to hang."""
+        if at_ns < self.watch_ns:
+            self.watch_ns = at_ns
 
     def start_after(self, device: Device, at_ns: int) -> None:
         """No lane is started on this device before then; 0: it need not wait."""

@@ -79,7 +79,7 @@ class NodeState:
 
     def _next_tick_ns(self) -> int:
         deadline_ns = self._next_deadline_ns() + 1 if self._deadlines else NEVER_NS
-        return min(deadline_ns, self.node.ready.next_ns, self.node.restart_ns, self._reap_at_ns, self._pool.watch_ns)
+        return min(deadline_ns, self.node.ready.next_ns, self.node.restart_ns, self._reap_at_ns, self.node.watch_ns)
 
     def refusal(self, key: str, share: Share, weight_bytes: int = 0) -> str | None:
         """Why a function with this share cannot be served, None if it can: guarantees must add up to no more than the devices have."""
@@ -103,7 +103,7 @@ class NodeState:
 
     def check(self) -> None:
         """Asserts what must hold after every event."""
-        check(self)
+        check(self, self._pool)
 
     # Functions.
 
@@ -243,8 +243,9 @@ class NodeState:
             if event.ok and now_ns <= request.slo_deadline_ns:
                 function.on_time += request.requests
             del self.requests[request.number]
-            queue_ns = request.started_ns - request.arrived_ns
-            self.node.emit(ev.Answer(request.number, queue_ns, event.swap_ns, request.gpu_ns, request.cold, lane.device.spec.id))
+            queue_ns = request.started_ns - request.arrived_ns - request.weights_ns
+            swap_ns = request.weights_ns + event.swap_ns
+            self.node.emit(ev.Answer(request.number, queue_ns, swap_ns, request.gpu_ns, request.cold, lane.device.spec.id))
         self._settle(function, now_ns)
 
     def _batch_paused(self, event: ev.BatchPaused, now_ns: int) -> None:
@@ -286,7 +287,8 @@ class NodeState:
         if lane is None:
             return
         request = lane.request
-        self._pool.drop(lane, now_ns)
+        for function in self._pool.drop(lane, now_ns):
+            self._settle(function, now_ns)
         if request is not None:
             self._try_again(request, now_ns)
         for function in [function for function in self.node.functions.values() if function.removed]:

@@ -11,9 +11,10 @@ from contracts.functions import FunctionClass
 from nodeagent import events as ev
 from nodeagent.copies import CopyTask, Link
 from nodeagent.entities import Device, FunctionState, Lane, LaneKey, RequestState
-from nodeagent.memory import Place
+from nodeagent.memory import Extent, Place
 from nodeagent.node import Node
-from nodeagent.placement import find_place
+from nodeagent.placement import find_place, stall_ns
+from nodeagent.tokens import NEVER_NS
 
 
 class Swaps:
@@ -24,31 +25,41 @@ class Swaps:
 
     def _grant(self, link: Link, now_ns: int) -> None:
         """Lets the link's copies go on as far as their turn allows."""
+        self.node.watch(now_ns + self.node.settings.hang_ns)
         for task in link.grant(now_ns):
             self.node.emit(ev.CopyGrant(task.copy, task.lane, task.granted_bytes))
 
     def copied(self, event: ev.CopyProgress, now_ns: int) -> FunctionState | None:
-        """Bytes have arrived; returns the function when its weights are complete."""
+        """Bytes have arrived; returns the function when its weights are complete, or so near that its batch may take its lane."""
         for link in self.node.links.values():
-            task = link.progress(event.copy, event.copied_bytes)
+            task = link.progress(event.copy, event.copied_bytes, now_ns)
             if task is not None:
                 break
         else:
             return None
         function = self.node.functions[task.owner]
-        function.extents[task.device].copied_bytes = task.copied_bytes
+        extent = function.extents[task.device]
+        extent.copied_bytes = task.copied_bytes
         self._grant(link, now_ns)
         if task.copied_bytes < task.nbytes:
-            return None
+            return function if self._comes_near(function, extent, link, now_ns) else None
         if not link.tasks:
             link.observe(task.nbytes, now_ns - task.started_ns)
-        self._copy_over(task)
+        self._copy_over(task, link)
+        extent.near_ns = min(extent.near_ns, now_ns)
         device = self.node.devices[task.device]
-        self.node.free(device)
         device.swaps += 1
         device.swapped_bytes += task.nbytes
         function.swaps += 1
         return function
+
+    def _comes_near(self, function: FunctionState, extent: Extent, link: Link, now_ns: int) -> bool:
+        """The function's next batch may take its lane from now on, and could not before."""
+        if not function.queue or stall_ns(function, function.queue[0].rows, link, extent.missing_bytes):
+            extent.near_ns = NEVER_NS
+            return False
+        before_ns, extent.near_ns = extent.near_ns, min(extent.near_ns, now_ns)
+        return before_ns == NEVER_NS
 
     def release(self, function: FunctionState, device: Device) -> None:
         """Forgets a function's weights on a device, if nothing needs them."""
@@ -56,22 +67,30 @@ class Swaps:
         if extent is not None and not extent.pins:
             device.memory.drop(function.number)
             del function.extents[device.spec.id]
+            function.holder_until_ns = 0
             self.node.free(device)
             self.node.emit(ev.Evict(device.spec.id, function.spec.key))
 
-    def abandon(self, lane: Lane, now_ns: int) -> None:
-        """The lane has gone, and its copies with it; what they held of the link goes to others."""
-        device = lane.device
-        for task in [task for task in device.link.tasks.values() if task.lane == lane.number]:
-            device.link.abandon(task.copy)
-            self._copy_over(task)
-            self.release(self.node.functions[task.owner], device)
-        self._grant(device.link, now_ns)
+    def abandon(self, lane: Lane, now_ns: int) -> list[FunctionState]:
+        """The lane has gone, and its copies with it; what they held of the link goes to others. Returns the functions that have lost one."""
+        link, losers = lane.device.link, []
+        for task in [task for task in link.tasks.values() if task.lane == lane.number]:
+            link.abandon(task.copy)
+            self._copy_over(task, link)
+            losers.append(self.node.functions[task.owner])
+            self.release(losers[-1], lane.device)
+        self._grant(link, now_ns)
+        return losers
 
-    def _copy_over(self, task: CopyTask) -> None:
+    def _copy_over(self, task: CopyTask, link: Link) -> None:
+        """The copy has ended: its link can take another, to any of its devices."""
         extent = self.node.functions[task.owner].extents[task.device]
         extent.pins -= 1
         extent.copy = 0
+        self.node.lanes[task.lane].copies -= 1
+        for device in self.node.device_list:
+            if device.link is link:
+                self.node.free(device)
 
     def begin(self, function: FunctionState, lane: Lane, place: Place, now_ns: int) -> None:
         """Reserves the place, evicting its victims, and begins the copy with its first chunks."""
@@ -79,14 +98,16 @@ class Swaps:
         for victim in place.victims:
             self.release(self.node.functions[victim], device)
         number = self.node.next_number()
-        extent = device.memory.take(function.number, place.offset, function.spec.weight_bytes, number)
+        extent = device.memory.take(function.number, place.offset, function.spec.weight_bytes, number, now_ns)
         extent.pins += 1
+        lane.copies += 1
         function.extents[device.spec.id] = extent
         weight = self.node.settings.latency_sensitive_weight if function.spec.cls is FunctionClass.LATENCY_SENSITIVE else 1
         head = function.queue[0]
         due_ns = head.slo_deadline_ns - function.estimate.run_ns(head.rows)
         task = CopyTask(number, device.spec.id, lane.number, function.number, function.spec.weight_bytes, weight, now_ns, due_ns)
         device.link.begin(task)
+        self.node.watch(now_ns + self.node.settings.hang_ns)
         others = [other for other in device.link.grant(now_ns) if other is not task]
         self.node.emit(ev.Copy(number, lane.number, function.spec.key, extent.offset, task.granted_bytes))
         for other in others:
@@ -100,7 +121,7 @@ class Swaps:
                 return
             if not isinstance(item, FunctionState) or item.extents or item.ready_key is None:
                 continue
-            for device in self.node.device_list:
+            for device in sorted(self.node.device_list, key=lambda device: device.free_in_ns(now_ns)):
                 lane = self._copying_lane(device, item.lane_key) if device.link in idle else None
                 place = find_place(item, device, self.node.functions, now_ns, spare_queued=True) if lane is not None else None
                 if lane is not None and place is not None:

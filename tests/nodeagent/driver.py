@@ -22,6 +22,7 @@ class Driver:
         self.preempted: set[int] = set()
         self.copies: dict[int, tuple[int, int]] = {}
         self.copied: dict[int, int] = {}
+        self.moved_ns: dict[int, int] = {}
         self.outcomes: dict[int, ev.Answer | ev.Reject] = {}
         self.accepted: set[int] = set()
         self.history: list[ev.Command] = []
@@ -51,7 +52,8 @@ class Driver:
             case ev.StopLane():
                 lane = self.state.lanes[command.lane]
                 hung = lane.active and self.now_ns - lane.since_ns >= self.state.settings.hang_ns
-                assert lane.request is None or hung or lane.device.lost, "idle, or hung, or its device is lost"
+                idle = lane.request is None and not self._copies_of(command.lane)
+                assert idle or hung or self._stands_still(command.lane) or lane.device.lost, "idle, or hung, or its device is lost"
                 self.up.pop(command.lane, None)
                 self.running.pop(command.lane, None)
                 self.paused.pop(command.lane, None)
@@ -69,8 +71,11 @@ class Driver:
             case ev.Copy():
                 self.copies[command.copy] = (command.lane, command.until_bytes)
                 self.copied[command.copy] = 0
+                self.moved_ns[command.copy] = self.now_ns
             case ev.CopyGrant():
                 assert command.until_bytes > self.copies[command.copy][1], "a grant goes forward"
+                if self.copies[command.copy][1] == self.copied[command.copy]:
+                    self.moved_ns[command.copy] = self.now_ns
                 self.copies[command.copy] = (command.lane, command.until_bytes)
             case ev.Answer() | ev.Reject():
                 assert command.request in self.accepted and command.request not in self.outcomes, f"{command} answers twice"
@@ -79,6 +84,17 @@ class Driver:
                 pass
             case _:
                 raise AssertionError(command)
+
+    def _copies_of(self, lane: int) -> list[int]:
+        """Its copies that are not complete."""
+        return [task.copy for link in self.state.node.links.values() for task in link.tasks.values() if task.lane == lane]
+
+    def _stands_still(self, lane: int) -> bool:
+        """It has a copy to go on with, and no part of that has arrived for long."""
+        return any(
+            self.copied[copy] < self.copies[copy][1] and self.now_ns - self.moved_ns[copy] >= self.state.settings.hang_ns
+            for copy in self._copies_of(lane)
+        )
 
     def declare(self, name: str, **options: object) -> ev.FunctionSpec:
         """A function with small defaults; `share` is (sm, quota percent[, limit percent])."""
@@ -117,6 +133,7 @@ class Driver:
         lane, until = self.copies[copy]
         assert lane in self.up
         self.copied[copy] = min(until, self.copied[copy] + nbytes) if nbytes else until
+        self.moved_ns[copy] = self.now_ns
         self.send(ev.CopyProgress(copy, self.copied[copy]))
 
     def copy_all(self) -> None:

@@ -23,7 +23,7 @@ def move(link: Link, now_ns: int, chunks: int, order: list[int] | None = None) -
             break
         number, until = waiting.pop(0)
         moved.append(number)
-        link.progress(number, until)
+        link.progress(number, until, now_ns)
     return moved
 
 
@@ -82,9 +82,9 @@ def test_progress_beyond_what_was_granted_is_not_believed() -> None:
     link = Link(MIB, 2, S)
     link.begin(task(1))
     link.grant(0)
-    moved = link.progress(1, 50 * MIB)
+    moved = link.progress(1, 50 * MIB, 0)
     assert moved is not None and moved.copied_bytes == 2 * MIB
-    assert link.progress(7, 1) is None
+    assert link.progress(7, 1, 0) is None
 
 
 @given(st.lists(st.tuples(st.integers(1, 20 * MIB), st.sampled_from([1, 4])), min_size=1, max_size=8), st.integers(1, 4))

@@ -79,13 +79,33 @@ def test_a_lane_that_hangs_is_killed_and_replaced_and_its_batch_is_answered(way:
     (lane,) = _lanes(control)
     if stands_still:
         os.kill(lane, signal.SIGSTOP)
-    batch = predictor.submit("default/bad", ROWS, timeout_ns=3 * S)
+    batch = predictor.submit("default/bad", ROWS, timeout_ns=60 * S if stands_still else 3 * S)
     outcome = predictor.outcome(batch)
-    assert isinstance(outcome, Failed)
-    assert outcome.kind == Unavailable.__name__, outcome
+    if stands_still:
+        assert isinstance(outcome, Answer), "its copy was seen to stand still long before its deadline"
+    else:
+        assert isinstance(outcome, Failed)
+        assert outcome.kind == Unavailable.__name__, outcome
     np.testing.assert_array_equal(predictor.call("default/good", ROWS)[0], ROWS + 2)
     assert lane not in _lanes(control)
     eventually(lambda: not psutil.pid_exists(lane), "the end of its process")
+
+
+def test_a_lane_that_stops_to_copy_for_a_batch_that_still_waits_is_killed_and_the_copy_made_anew(start: Callable[..., Node]) -> None:
+    node = start("--hang-seconds", "1", "--link-bandwidth", "50M", memory="24Mi", host="64Mi").ready()
+    control = Control(node.run_dir)
+    control.grant()
+    control.declare(function("a", "big?value=1&bytes=16000000"), function("b", "big?value=2&bytes=16000000"))
+    predictor = Predictor(node.run_dir)
+    predictor.call("default/a", ROWS)
+    predictor.call("default/b", ROWS)
+    (lane,) = _lanes(control)
+    os.kill(lane, signal.SIGSTOP)
+    batch = predictor.submit("default/a", ROWS, timeout_ns=60 * S)
+    eventually(lambda: not psutil.pid_exists(lane), "the end of its process")
+    assert isinstance(predictor.outcome(batch), Answer)
+    np.testing.assert_array_equal(predictor.result(batch)[0], ROWS + 1)
+    assert control.function("default/a").retried == 0, "its batch was on no lane"
 
 
 def test_a_lane_that_cannot_prove_its_cap_does_not_serve(control: Control, predictor: Predictor) -> None:

@@ -47,7 +47,7 @@ def test_a_copy_dies_with_its_lane_and_is_made_again() -> None:
 
 def test_a_copy_goes_on_when_the_lane_of_another_is_lost() -> None:
     driver = Driver(settings=Settings(chunk_bytes=MIB, chunk_ns=0))
-    driver.declare("a", share=(50, 10))
+    driver.declare("a", share=(50, 10), cls=BE)
     driver.declare("b", share=(30, 10))
     driver.lanes_up()
     driver.arrive(1, "a")

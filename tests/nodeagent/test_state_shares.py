@@ -76,7 +76,7 @@ def test_functions_run_side_by_side_up_to_all_sms() -> None:
     driver = Driver()
     for name, sm in (("a", 60), ("b", 40), ("c", 20)):
         driver.declare(name, share=(sm, 10))
-    driver.lanes_up()
+    warm(driver, *"abc")
     for number, name in enumerate("abc", 1):
         driver.arrive(number, name)
     assert sorted(run.function for run in driver.running.values()) == ["a", "b"]

@@ -76,16 +76,16 @@ class Case:
 
 LS, BE = FunctionClass
 CASES = {
-    "all weights fit": (Case(40, 200, memory=16 * GIB), "a46c9464a9b7f7d8"),
-    "half of the weights fit": (Case(60, 150), "473719824fa41a44"),
-    "overload": (Case(60, 900, timeout_ns=S // 2), "1da65b2e11ca19a0"),
-    "both classes, three sizes of share": (Case(60, 400, sm=(100, 50, 30), classes=(LS, LS, BE)), "5661a21750af47d4"),
-    "best effort under pressure": (Case(30, 700, sm=(50, 100), classes=(LS, BE), memory=600 * MIB, timeout_ns=2 * S), "5dc3cb163f1ee755"),
+    "all weights fit": (Case(40, 200, memory=16 * GIB), "5bf18ac2a006fea3"),
+    "half of the weights fit": (Case(60, 150), "a30d174138e3e669"),
+    "overload": (Case(60, 900, timeout_ns=S // 2), "212bf0b0b57700a8"),
+    "both classes, three sizes of share": (Case(60, 400, sm=(100, 50, 30), classes=(LS, LS, BE)), "2fafd3803d2f55f8"),
+    "best effort under pressure": (Case(30, 700, sm=(50, 100), classes=(LS, BE), memory=600 * MIB, timeout_ns=2 * S), "f42575160299f78f"),
     "limits, one link for all, neighbours": (
         Case(30, 500, limit_bp=1300, links=1, sm=(40,), hardware=Hardware(neighbour_slowdown=0.3, tail=0.3)),
-        "b0f472b4d588e5b2",
+        "db552264f7c3bb88",
     ),
-    "one device, single requests": (Case(10, 90, devices=1, max_batch=1, memory=500 * MIB), "3135b7b0d9efdc73"),
+    "one device, single requests": (Case(10, 90, devices=1, max_batch=1, memory=500 * MIB), "f3ce33021a1f2e67"),
 }
 
 
