@@ -1,7 +1,8 @@
 """500 functions on one GPU with memory for a tenth of them: the greatest number that keeps its SLO, beside keep-alive and load on demand.
 
-Of its own, since it takes up to 9.5 minutes. SLUICE_DEVICE names another device than cuda:0, SLUICE_RATES other rates than 10,20,40 requests a minute
-and function, SLUICE_LIMIT_S another time than 540 s: what was not reached by then is left out, or said as a bound.
+A benchmark of its own, since it takes up to 9.5 minutes. SLUICE_DEVICE names another device than cuda:0, SLUICE_RATES other rates than 10,20,40
+requests a minute and function, SLUICE_SM_PERCENT another size of lanes than 50 % (two run at once: one batch of one row hardly fills a GPU),
+SLUICE_LIMIT_S another time than 540 s: what was not reached by then is left out, or said as a bound.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def run(quick: bool) -> Result:
     """One search for each system and rate."""
     limit_s = float(os.environ.get("SLUICE_LIMIT_S", "240" if quick else "540"))
     rates = tuple(float(rate) for rate in os.environ.get("SLUICE_RATES", "10" if quick else "10,20,40").split(","))
-    size = functions.Size(os.environ.get("SLUICE_DEVICE", "cuda:0"), kinds(), 100 if quick else 500, rates, limit_s)
+    sm_percent = int(os.environ.get("SLUICE_SM_PERCENT", "50"))
+    size = functions.Size(os.environ.get("SLUICE_DEVICE", "cuda:0"), kinds(), 100 if quick else 500, rates, limit_s, sm_percent)
     return Result(metrics(size, asyncio.run(functions.measure(size))), seeds=(size.seed,))
 
 
@@ -47,6 +49,7 @@ def metrics(size: functions.Size, found: functions.Found) -> dict[str, Metric]:
     named |= {
         "weights_gb": Metric(found.fleet.nbytes / 1e9, "GB"),
         "device_gb": Metric(found.device_bytes / 1e9, "GB"),
+        "sm_percent": Metric(found.sm_percent, "%"),
         "load_s": Metric(found.load_s, "s"),
         "searches_broken": Metric(found.broken, "searches", 0),
     }

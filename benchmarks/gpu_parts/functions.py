@@ -13,10 +13,11 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
+import msgspec
 import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -27,9 +28,12 @@ from benchmarks.gpu_parts.fleet import INPUTS, Fleet, Kind, Point, Search, Serve
 from benchmarks.gpu_parts.sluice import Sluice
 from benchmarks.node_parts.node import running
 from contracts.errors import Unavailable
+from contracts.functions import Share
 from contracts.units import GIB
 
 SLUICE = "sluice"
+_UNHELD = "quota"
+"""The backend of a GPU on which only lanes of all SMs are served."""
 _HOST_PART = 0.7
 _SHM_PART = 0.9
 _DEVICE_PART = 10
@@ -41,7 +45,8 @@ _SLACK_S = 10.0
 class Size:
     """How much is measured, and on what.
 
-    `span_requests`: about so many requests of each function make a span. `host_bytes`: for weights; 0 takes what the machine has.
+    `sm_percent` is what each function has of the SMs under Sluice; all of them where nothing can hold lanes to less. `span_requests`: about so many
+    requests of each function make a span. `host_bytes`: for weights; 0 takes what the machine has.
     """
 
     device: str
@@ -49,6 +54,7 @@ class Size:
     functions: int
     rates: tuple[float, ...]
     limit_s: float
+    sm_percent: int = 100
     span_requests: float = 6.0
     host_bytes: int = 0
     seed: int = 7
@@ -75,6 +81,7 @@ class Found:
     device_bytes: int
     kept: dict[tuple[str, float], Kept] = field(default_factory=dict)
     served: dict[str, list[Served]] = field(default_factory=dict)
+    sm_percent: int = 100
     load_s: float = 0.0
     broken: int = 0
 
@@ -99,13 +106,18 @@ async def _systems(size: Size, found: Found) -> AsyncIterator[dict[str, Try]]:
     whole, loop = found.fleet, asyncio.get_running_loop()
     begun = time.monotonic()
     host_bytes = int(1.05 * whole.nbytes) + GIB
-    async with running(found.device_bytes, (size.device,), segment_bytes=GIB, host_memory=host_bytes) as node, node.serving(*whole.functions):
+    async with contextlib.AsyncExitStack() as stack:
+        node = await stack.enter_async_context(running(found.device_bytes, (size.device,), segment_bytes=GIB, host_memory=host_bytes))
+        held = (await node.status()).devices[0].backend != _UNHELD
+        found.sm_percent = size.sm_percent if held else 100
+        share = Share(found.sm_percent)
+        await stack.enter_async_context(node.serving(*(msgspec.structs.replace(function, share=share) for function in whole.functions)))
         found.load_s = time.monotonic() - begun
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as plain:
             references = await loop.run_in_executor(plain, baselines.begin, node.store, whole, size.device)
             _check_apart(whole, references)
             sluice = Sluice(node, whole, references, size.seed)
-            found.served[SLUICE] = await sluice.warm_up()
+            found.served[SLUICE] = await sluice.warm_up(100 // found.sm_percent)
 
             def beside(policy: str) -> Try:
                 def attempt(functions: int, rate: float) -> Awaitable[Point]:
@@ -120,27 +132,32 @@ async def _systems(size: Size, found: Found) -> AsyncIterator[dict[str, Try]]:
 
 
 async def _search(size: Size, found: Found, systems: dict[str, Try], until_s: float) -> None:
-    """Rate by rate, for each system the greatest number that holds: no more than at the rate before, and about as much less as the rate is higher.
+    """For each system, rate by rate, the greatest number that holds: no more than at the rate before, and about as much less as the rate is higher.
 
-    A system that breaks says why and is left alone at that rate.
+    Sluice comes first at all rates, for its lanes end when they are idle for long; then the others take turns. A system that breaks says why and is
+    left alone at that rate.
     """
     whole = len(found.fleet.functions)
     step = max(1, whole // _STEPS)
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True)) as progress:
         bar = progress.add_task("", total=size.limit_s)
-        before_rate = size.rates[0]
-        for rate in size.rates:
-            for name, attempt in systems.items():
-                before = found.kept.get((name, before_rate), Kept(whole, whole))
-                search = Search(step, before.most, max(step, round(before.least * before_rate / rate / step) * step))
-                try:
-                    while (functions := search.next) is not None and (left_s := until_s - time.monotonic()) > size.span_s(rate) + _SLACK_S:
-                        progress.update(bar, completed=size.limit_s - left_s, description=f"{rate:g} a minute, {name}, {functions} functions")
-                        _note(found, name, search, await attempt(functions, rate))
-                except Exception:
-                    traceback.print_exc()
-                    found.broken += 1
-            before_rate = rate
+        for name, rate, before_rate in _order(systems, size.rates):
+            before = found.kept.get((name, before_rate), Kept(whole, whole))
+            search = Search(step, before.most, max(step, round(before.least * before_rate / rate / step) * step))
+            try:
+                while (functions := search.next) is not None and (left_s := until_s - time.monotonic()) > size.span_s(rate) + _SLACK_S:
+                    progress.update(bar, completed=size.limit_s - left_s, description=f"{rate:g} a minute, {name}, {functions} functions")
+                    _note(found, name, search, await systems[name](functions, rate))
+            except Exception:
+                traceback.print_exc()
+                found.broken += 1
+
+
+def _order(systems: Iterable[str], rates: Sequence[float]) -> list[tuple[str, float, float]]:
+    """System, rate, and the rate that was searched before it."""
+    steps = list(zip(rates, (rates[0], *rates), strict=False))
+    others = [name for name in systems if name != SLUICE]
+    return [(SLUICE, *step) for step in steps] + [(name, *step) for step in steps for name in others]
 
 
 def _note(found: Found, name: str, search: Search, point: Point) -> None:

@@ -99,7 +99,7 @@ def test_all_systems_answer_rightly():
             ("text", "bert-base?num_hidden_layers=2&hidden_size=128&num_attention_heads=2&intermediate_size=512&vocab_size=20000&seed={}", 5000, 32),
         )
     )
-    size = functions.Size("cpu:0", kinds, functions=60, rates=(20.0, 60.0), limit_s=100, span_requests=2)
+    size = functions.Size("cpu:0", kinds, functions=60, rates=(20.0, 60.0), limit_s=100, sm_percent=50, span_requests=2)
     found = gpu_functions.metrics(size, asyncio.run(functions.measure(size)))
     assert found["functions_of_mlp"].value == 20
     for system in ("sluice", "keep_alive", "on_demand"):
