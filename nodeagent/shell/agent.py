@@ -74,7 +74,8 @@ class Agent:
             events.StopLane: self._stop_lane,
         }
         self._store = HostStore(options.store, options.host_bytes)
-        self._loader = Loader((*options.loader_command, "--store", str(options.store)))
+        near = [slab.cpus for slab in slabs.values()]
+        self._loader = Loader((*options.loader_command, "--store", str(options.store)), set().union(*near) if all(near) else ())
         self._functions = Functions(self._store, self._loader, self)
         self._peers = Peers(self._functions, self)
         self._lanes = Lanes(options, slabs, self._outbox, self)

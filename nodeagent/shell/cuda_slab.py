@@ -47,7 +47,7 @@ class CudaSlab:
         self._device = device
         self._options = options
         self._gpu = gpu
-        self._cpus = near_cpus(gpu.bus_id)
+        self.cpus = near_cpus(gpu.bus_id)
         self._activation_bytes = options.activation_bytes or _ACTIVATION_BYTES
         self._mps: MpsDaemon | None = None
         self._holder: Holder | None = None
@@ -120,7 +120,7 @@ class CudaSlab:
             first_sm=first,
             piece_bytes=slab.piece_bytes,
             whole_ns=slab.whole_ns,
-            cpus=self._cpus,
+            cpus=self.cpus,
         )
 
     def lend(self) -> MapPeer:
@@ -200,7 +200,7 @@ class CudaSlab:
         reserve_bytes = Settings().max_lanes_per_device * (self._activation_bytes + _CONTEXT_BYTES)
         reserve_bytes = min(reserve_bytes, int(self._gpu.total_bytes * _MAX_RESERVE))
         self._seal = 1 + secrets.randbits(_SEAL_BITS) if self.peers else 0
-        self._slab = await holder.start(Hold(self._device, nbytes, reserve_bytes, self._cpus, self._seal))
+        self._slab = await holder.start(Hold(self._device, nbytes, reserve_bytes, self.cpus, self._seal))
         if self._slab.sms != self._gpu.sms:
             raise Unavailable(f"{self._device} has {self._gpu.sms} SMs, its slab holder sees {self._slab.sms}: another MPS daemon may hold it")
         if self._mps is not None and holder.pid not in await self._mps.clients():

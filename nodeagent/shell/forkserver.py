@@ -10,12 +10,13 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
 import time
 from collections.abc import Sequence
 
 from contracts.channel import AsyncChannel
+from contracts.errors import Unavailable
 from contracts.wire import Message, Spawn
+from nodeagent.shell import children
 
 _log = logging.getLogger(__name__)
 _YOUNG_S = 5.0
@@ -31,7 +32,7 @@ class ForkServer:
         self._command = command
         self._loop = asyncio.get_running_loop()
         self._channel: AsyncChannel | None = None
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: children.Process | None = None
         self._watch: asyncio.Task[None] | None = None
         self._waiting: list[tuple[Spawn, tuple[int, ...]]] = []
         self._delay_s = 0.0
@@ -76,16 +77,13 @@ class ForkServer:
         return self._stopping
 
     async def _start(self) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            try:
-                self._process = await asyncio.create_subprocess_exec(*self._command, stdin=theirs.fileno())
-            except OSError as error:
-                _log.error("cannot start the fork server: %s", error)
-                self._process = None
-                ours.close()
-                self._died.set()
-                return
+        try:
+            self._process, ours = await children.start(self._command)
+        except Unavailable as error:
+            _log.error("the fork server: %s", error.message)
+            self._process = None
+            self._died.set()
+            return
         self._watch = self._loop.create_task(self._watch_exit(self._process))
         self._channel = AsyncChannel(ours, Message, self._on_message, self._on_close)
         waiting, self._waiting = self._waiting, []
@@ -97,15 +95,11 @@ class ForkServer:
     async def _reap(self) -> None:
         if self._channel is not None:
             self._channel.close()
-        if self._process is None or self._watch is None:
-            return
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(self._watch), _EXIT_S)
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        await self._watch
+        if self._process is not None and self._watch is not None:
+            await children.end(self._process, _EXIT_S)
+            await self._watch
 
-    async def _watch_exit(self, process: asyncio.subprocess.Process) -> None:
+    async def _watch_exit(self, process: children.Process) -> None:
         """Its end counts, not the channel's: a lane might hold the other end open."""
         await process.wait()
         self._died.set()

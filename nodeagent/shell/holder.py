@@ -6,15 +6,13 @@ Owns the process and its channel. Never opens the handle; the agent knows no CUD
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
-import socket
 from collections.abc import Mapping, Sequence
 
 from contracts.channel import AsyncChannel
 from contracts.errors import ProtocolError, Unavailable
 from contracts.wire import Hold, Message, SlabReady
+from nodeagent.shell import children
 
 _log = logging.getLogger(__name__)
 _READY_S = 180.0
@@ -32,7 +30,7 @@ class Holder:
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[SlabReady] = self._loop.create_future()
         self._channel: AsyncChannel | None = None
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: children.Process | None = None
         self._watch: asyncio.Task[None] | None = None
         self._stopping = False
         self._hold: Hold
@@ -40,13 +38,7 @@ class Holder:
     async def start(self, hold: Hold) -> SlabReady:
         """Asks for the slab, and returns when it is there; Unavailable when it is not. Call `stop` then too."""
         self._hold = hold
-        ours, theirs = socket.socketpair()
-        with theirs:
-            try:
-                self._process = await asyncio.create_subprocess_exec(*self._command, stdin=theirs.fileno(), env={**os.environ, **self._environment})
-            except OSError as error:
-                ours.close()
-                raise Unavailable(f"the slab holder cannot be started: {error}") from None
+        self._process, ours = await children.start(self._command, self._environment)
         self.pid = self._process.pid
         self._channel = AsyncChannel(ours, SlabReady, self._on_message, self._on_close)
         self._watch = self._loop.create_task(self._watch_exit(self._process))
@@ -62,15 +54,11 @@ class Holder:
         self._stopping = True
         if self._channel is not None:
             self._channel.close()
-        if self._process is None or self._watch is None:
-            return
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(self._watch), _EXIT_S)
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        await self._watch
+        if self._process is not None and self._watch is not None:
+            await children.end(self._process, _EXIT_S)
+            await self._watch
 
-    async def _watch_exit(self, process: asyncio.subprocess.Process) -> None:
+    async def _watch_exit(self, process: children.Process) -> None:
         code = await process.wait()
         self._fail(f"the slab holder of {self._hold.device} ended with exit code {code}; what it said stands above")
         self.died.set()
@@ -89,8 +77,7 @@ class Holder:
             _log.error("the slab holder of %s broke off: %s", self._hold.device, error)
         self._fail(f"the slab holder of {self._hold.device} broke off: {error or 'it ended'}")
         if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+            children.kill(self._process)
 
     def _fail(self, reason: str) -> None:
         if not self._ready.done():

@@ -1,6 +1,7 @@
 """The loader: a process of its own that reads models into the host store, so that the agent needs no torch and survives what a model file does.
 
-Owns the process: started on demand, ended when idle, replaced when it dies. One JSON line asks, one answers; one model at a time.
+Owns the process: started on demand, ended when idle, replaced when it dies. It runs near the devices, so that what it writes lies in memory near
+them. One JSON line asks, one answers; one model at a time.
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
 
 import msgspec
 
 from contracts.errors import Unavailable, from_wire
 from contracts.functions import ModelRef
+from nodeagent.shell import children
 
 _log = logging.getLogger(__name__)
 _LOAD_S = 900.0
@@ -38,9 +41,11 @@ class _Answer(msgspec.Struct):
 class Loader:
     """A client of one loader process at a time."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], cpus: Collection[int] = ()) -> None:
+        """`cpus`: those that it may use; empty: any."""
         self._command = command
-        self._process: asyncio.subprocess.Process | None = None
+        self._cpus = cpus
+        self._process: children.Process | None = None
         self._busy = asyncio.Lock()
         self._asked = 0
         self._idle: asyncio.TimerHandle | None = None
@@ -91,13 +96,16 @@ class Loader:
             raise from_wire(*answer.error)
         return answer.digest
 
-    async def _start(self) -> asyncio.subprocess.Process:
+    async def _start(self) -> children.Process:
         if self._process is None or self._process.returncode is not None:
             pipe = asyncio.subprocess.PIPE
             try:
                 self._process = await asyncio.create_subprocess_exec(*self._command, stdin=pipe, stdout=pipe, limit=_LINE_BYTES)
             except OSError as error:
                 raise Unavailable(f"the loader cannot be started: {error}") from None
+            if self._cpus:
+                with contextlib.suppress(OSError):
+                    os.sched_setaffinity(self._process.pid, self._cpus)
         return self._process
 
     def _end_soon(self) -> None:
@@ -112,9 +120,4 @@ class Loader:
             return
         assert process.stdin is not None
         process.stdin.close()
-        try:
-            await asyncio.wait_for(process.wait(), 0.0 if kill else _EXIT_S)
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+        await children.end(process, 0.0 if kill else _EXIT_S)

@@ -42,6 +42,8 @@ class Slab(Protocol):
 
     fd: int
     spec: DeviceSpec
+    cpus: tuple[int, ...]
+    """The processors near the device; empty: all are."""
     peers: tuple[str, ...]
     """The devices whose slabs its lanes may copy weights from, once each has proved that it can."""
 
@@ -91,6 +93,7 @@ class Slab(Protocol):
 class CpuSlab:
     """A memfd, reserved whole, so that no lane can fail later for want of memory. Its lanes pace themselves; it is never lost."""
 
+    cpus: tuple[int, ...] = ()
     backend = Backend.PACE
     why = "lanes pace themselves"
     uuid = ""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 
@@ -39,3 +40,13 @@ async def test_an_idle_loader_ends_by_itself_and_the_next_model_starts_another(t
     assert len(digests) == 4
     await loader.close()
     assert loaders() == []
+
+
+@pytest.mark.asyncio
+async def test_a_loader_writes_from_the_processors_near_the_devices(tmp_path: Path) -> None:
+    near = {max(os.sched_getaffinity(0))}
+    loader = Loader((sys.executable, "-m", FAKE, "--store", str(tmp_path)), near)
+    await loader.load(model(1), 1 << 20)
+    (process,) = loaders()
+    assert set(process.cpu_affinity()) == near
+    await loader.close()
