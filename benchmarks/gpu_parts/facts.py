@@ -54,7 +54,7 @@ def _shown(value: Any) -> str:
 
 
 def main() -> int:
-    """1 when a question was not answered."""
+    """1 when a question was not answered, 2 when there is no GPU to ask."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_parts.facts", description="Asks a GPU what had to be left open.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(_LIMITS)} (default: all)")
     parser.add_argument("-o", "--output", type=Path, help="write the answers there as JSON")
@@ -67,7 +67,11 @@ def main() -> int:
     async def all_of_them() -> dict[str, Answer]:
         return await ask(await find_gpu(GPUS_COMMAND, given.device), given.names or list(_LIMITS))
 
-    found = asyncio.run(all_of_them())
+    try:
+        found = asyncio.run(all_of_them())
+    except SluiceError as error:
+        print(f"there is nothing to ask: {error}", file=sys.stderr)
+        return 2
     if given.output:
         given.output.parent.mkdir(parents=True, exist_ok=True)
         document = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), "versions": versions(), "facts": found}
