@@ -1,11 +1,13 @@
-"""The body of an inference request as its pieces come from the parser, so that it is put together once, when it is whole.
+"""Inference over uvicorn's protocol with fewer steps: a request's body is put together once, and an answer leaves in one write.
 
-uvicorn appends each piece to a buffer, stops reading, wakes the application, copies the buffer for it, and reads on; for a picture that is three
-copies and ten turns of the loop. Owns this one shortcut; who reads a body in the usual way (ASGI's `receive`) still can.
+uvicorn appends each piece of a body to a buffer, stops reading, wakes the application, copies the buffer for it, and reads on; for a picture that is
+three copies and ten turns of the loop. It writes an answer's head by itself, which wakes the client for nothing. Owns these two shortcuts; who reads
+a body in the usual way (ASGI's `receive`) still can.
 """
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -15,6 +17,7 @@ from contracts.units import KIB
 _SMALL_BYTES = 4 * KIB
 _SUFFIXES = (":predict", "/infer")
 _KEY = "sluice.body"
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Body:
@@ -47,8 +50,33 @@ def body_of(scope: Any) -> Body:
     return found if isinstance(found, Body) else Body()
 
 
+class _Whole(asyncio.Transport):
+    """The transport of one answer, which keeps the head until the body comes."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head: bytes | None = None
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        if self._head is None and data != _CONTINUE:
+            self._head = bytes(data)
+        elif self._head:
+            self._transport.writelines((self._head, data))
+            self._head = b""
+        else:
+            self._transport.write(data)
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def close(self) -> None:
+        if self._head:
+            self._transport.write(self._head)
+        self._transport.close()
+
+
 class GatheringHttp(HttpToolsProtocol):
-    """uvicorn's protocol; the bodies of inference requests gather in their scope."""
+    """uvicorn's protocol; the bodies of inference requests gather in their scope, and their answers leave whole."""
 
     _body: Body | None = None
 
@@ -57,6 +85,8 @@ class GatheringHttp(HttpToolsProtocol):
         super().on_headers_complete()
         scope: Any = self.scope
         self._body = scope[_KEY] = Body() if scope.get("method") == "POST" and scope["path"].endswith(_SUFFIXES) else None
+        if self._body is not None:
+            self.cycle.transport = _Whole(self.transport)
 
     def on_body(self, body: bytes) -> None:
         """Part of the body; the application is woken by the end."""

@@ -106,6 +106,8 @@ class Connection(asyncio.Protocol):
         self._unread = Unread(self._limits)
         self._greeted = False
         self._paused = False
+        self._pumping = False
+        """Whether `_pump` will be called in this turn of the loop."""
         self._winding_up_since_s: float | None = None
         self._last = False
         """Whether the client knows that no new call will be taken."""
@@ -184,6 +186,7 @@ class Connection(asyncio.Protocol):
 
     def _pump(self) -> None:
         """Handles what has happened, and writes what may be written, until there is no more of either."""
+        self._pumping = False
         try:
             while True:
                 for event in self._http2.events():
@@ -270,7 +273,9 @@ class Connection(asyncio.Protocol):
             self._http2.send_data(call.stream, answer)
             self._http2.send_trailers(call.stream, _OK)
             call.answered = True
-        self._pump()
+        if not self._pumping:
+            self._pumping = True
+            self._loop.call_soon(self._pump)  # once for all the calls of a batch
 
     def _request(self, call: _Call) -> Request:
         fields = dict(call.headers)
