@@ -185,8 +185,8 @@ class Baselines:
             point.served.append(Served(request, latency_ms, verdict, colds.pop(at)))
             keeper.add(point.served[-1])
             if not keeper.holds:
-                point.broken_off = True
                 break
+        point.out, point.broken_off = keeper.out, not keeper.holds
         return point
 
     def _given(self, number: int) -> list[dict[str, torch.Tensor]]:

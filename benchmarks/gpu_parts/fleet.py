@@ -72,11 +72,12 @@ class Served:
 
 @dataclass(slots=True)
 class Point:
-    """`functions` at a rate: what was served of it. `broken_off`: too many were out of their SLO before the end."""
+    """`functions` at a rate: what was served of it, and how many functions were out of their SLO; `broken_off`: so many that it was not ended."""
 
     functions: int
     rate: float
     served: list[Served] = field(default_factory=list)
+    out: int = 0
     broken_off: bool = False
 
 

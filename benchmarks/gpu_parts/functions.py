@@ -91,12 +91,19 @@ Try = Callable[[int, float], Awaitable[Point]]
 
 
 async def measure(size: Size) -> Found:
-    """All that the time allows, the first rate first. What goes wrong before the first point is raised."""
+    """All that the time allows. What goes wrong before the first point is raised, and nothing that goes wrong later."""
     until_s = time.monotonic() + size.limit_s
     served = fleet(size.kinds, mix([kind.nbytes for kind in size.kinds], size.functions, size.host_bytes or _host_bytes()))
     found = Found(served, max(served.nbytes // _DEVICE_PART, 2 * max(kind.nbytes for kind in size.kinds)))
-    async with _systems(size, found) as systems:
-        await _search(size, found, systems, until_s)
+    searched = False
+    try:
+        async with _systems(size, found) as systems:
+            await _search(size, found, systems, until_s)
+            searched = True
+    except Exception:
+        if not searched:
+            raise
+        traceback.print_exc()
     return found
 
 
@@ -147,7 +154,8 @@ async def _search(size: Size, found: Found, systems: dict[str, Try], until_s: fl
             try:
                 while (functions := search.next) is not None and (left_s := until_s - time.monotonic()) > size.span_s(rate) + _SLACK_S:
                     progress.update(bar, completed=size.limit_s - left_s, description=f"{rate:g} a minute, {name}, {functions} functions")
-                    _note(found, name, search, await systems[name](functions, rate))
+                    async with asyncio.timeout(left_s):
+                        _note(found, name, search, await systems[name](functions, rate))
             except Exception:
                 traceback.print_exc()
                 found.broken += 1

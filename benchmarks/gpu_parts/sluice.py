@@ -84,7 +84,7 @@ class Sluice:
                 if not keeper.holds:
                     break
                 group.create_task(ask(request))
-        point.broken_off = not keeper.holds
+        point.out, point.broken_off = keeper.out, not keeper.holds
         return point
 
     async def _ask_all(self, todo: Iterator[Request]) -> list[Served]:

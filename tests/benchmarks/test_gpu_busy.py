@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from types import SimpleNamespace
 
 import pynvml
 import pytest
 
 from benchmarks.gpu_parts import busy
+from benchmarks.node_parts.node import running
 from contracts.errors import Unavailable
+from contracts.units import MIB
 from nodeagent.shell.nvml import Nvml
 from tests.nodeagent.fake_nvml import FakeGpu, FakeNvml
 
@@ -76,6 +80,14 @@ class Sampling(FakeNvml):
         return 1, found
 
 
+class Ticking(Sampling):
+    """A driver that has a new sample whenever it is asked: busy all the time."""
+
+    def nvmlDeviceGetSamples(self, gpu, kind, after_us):
+        self.samples = [(time.monotonic_ns() // 1000, 100)]
+        return super().nvmlDeviceGetSamples(gpu, kind, after_us)
+
+
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
@@ -139,3 +151,16 @@ def test_a_device_without_either_is_said_to_have_neither():
 def test_the_error_is_that_of_what_was_charged():
     assert busy.Busy(charged_s=10.3, busy_s=10.0, span_s=12.0, by="GPM").error_percent == pytest.approx(3.0)
     assert busy.Busy(charged_s=9.9, busy_s=10.0, span_s=12.0, by="GPM").error_percent == pytest.approx(-1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_span_has_the_charges_of_all_functions_and_the_drivers_view_of_them():
+    async def measured():
+        async with running(64 * MIB) as node:
+            return await busy.measure(node, Nvml(Ticking()), 0, ("mlp?seed=1", "mlp?seed=2"), seconds=4)
+
+    found = asyncio.run(measured())
+    assert 0 < found.charged_s <= found.span_s  # one lane, so never more than the time
+    assert found.busy_s == pytest.approx(found.span_s, rel=0.5)
+    assert found.by == "samples"
