@@ -5,7 +5,6 @@ Owns the process's context: which stream computes, which copies, what was export
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import sys
@@ -18,6 +17,7 @@ import torch
 from contracts.errors import Unavailable
 from contracts.functions import FunctionClass
 from predictor.worker.devices import green
+from predictor.worker.devices.captures import Captures
 from predictor.worker.devices.driver import Event, Graph, Stream
 from predictor.worker.devices.libcuda import READ_ONLY, LibCuda
 
@@ -43,8 +43,7 @@ class TorchCuda:
         self._cuda = LibCuda()
         self._operands: list[torch.Tensor] = []
         self._cannot_pin = False
-        self._capturing: list[torch.cuda.CUDAGraph] = []
-        self._pool = torch.cuda.graph_pool_handle()
+        self._captures = Captures()
         self._partition: green.Partition | None = None
         self.compute: Stream
         if backend == "green" and lane_sms < properties.multi_processor_count:
@@ -166,27 +165,8 @@ class TorchCuda:
         torch.cuda.empty_cache()
 
     def capture(self, run: Callable[[], _T]) -> tuple[Graph, _T]:
-        """As Driver.capture. All graphs share one pool: none is replayed before the outputs of the one before it were fetched."""
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        self._capturing.append(graph)
-        try:
-            # So that torch itself refuses to wait, before CUDA does: that would break the capture.
-            torch.cuda.set_sync_debug_mode("error")
-            result = run()
-        except BaseException:
-            with contextlib.suppress(RuntimeError):
-                self._end_capture(graph)
-            raise
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        self._end_capture(graph)
-        return graph, result
-
-    def _end_capture(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Of a capture that is broken the allocator never hears that it ended, and it goes on asking the graph, which has to stay then."""
-        graph.capture_end()
-        self._capturing.remove(graph)
+        """As Driver.capture."""
+        return self._captures.capture(run)
 
     def alive(self) -> bool:
         """As Driver.alive: has the device do something, since a wait for nothing may well succeed."""
