@@ -60,10 +60,12 @@ class Fronts:
         """What each function's requests met."""
         return {served.key: served.record for served in self._served}
 
-    def forget(self) -> None:
-        """The warm-up is over: what was recorded until now does not count."""
+    def forget(self, allowed: Mapping[str, tuple[int, int]]) -> None:
+        """The warm-up is over: what was recorded until now does not count. From now on, `Record.allow` for these functions."""
         for served in self._served:
             served.record.clear()
+            if served.key in allowed:
+                served.record.allow(*allowed[served.key])
 
     def arrive(self, number: int) -> None:
         """A request of the function with this number: one row."""

@@ -6,6 +6,7 @@ Latencies go into buckets that are 1 % wide (as HdrHistogram does), so a percent
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
@@ -17,6 +18,11 @@ from contracts.units import MS
 _WIDTH = math.log(1.01)
 _RECENT = 1024
 PARTS = ("total", "queue", "swap", "run")
+_ANY = sys.maxsize
+
+
+class Lost(Exception):
+    """A run that was worth going on with only while a function misses its objective no more often than it may; it does."""
 
 
 class Histogram:
@@ -82,14 +88,20 @@ class Histogram:
 class Record:
     """One function. `late` requests were answered after the objective; a request that got no answer is late too.
 
-    The newest times are kept as they are, and counted some hundred at a time.
+    `allow` makes it raise Lost when more than so many are late, or remain without an answer. The newest times are kept as they are, and counted some
+    hundred at a time.
     """
 
-    __slots__ = ("_histograms", "_recent", "answered", "cold", "late", "objective_ns", "rejected")
+    __slots__ = ("_histograms", "_most_late", "_most_rejected", "_recent", "answered", "cold", "late", "objective_ns", "rejected")
 
     def __init__(self, objective_ns: int) -> None:
         self.objective_ns = objective_ns
+        self.allow(_ANY, _ANY)
         self.clear()
+
+    def allow(self, late: int, rejected: int) -> None:
+        """From now on, with what is counted already."""
+        self._most_late, self._most_rejected = late, rejected
 
     def clear(self) -> None:
         """Begins anew."""
@@ -105,6 +117,8 @@ class Record:
             self.cold += 1
         if total_ns > self.objective_ns:
             self.late += 1
+            if self.late > self._most_late:
+                raise Lost
         recent = self._recent
         recent += (total_ns, queue_ns, swap_ns, run_ns)
         if len(recent) >= _RECENT:
@@ -115,6 +129,8 @@ class Record:
         if requests:
             self.rejected[reason] += requests
             self.late += requests
+            if self.late > self._most_late or self.rejected.total() > self._most_rejected:
+                raise Lost
 
     @property
     def parts(self) -> Mapping[str, Histogram]:

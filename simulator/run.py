@@ -69,14 +69,18 @@ def _sluice(world: World, progress: Progress, timeline: Timeline | None = None) 
     ]
     times = RunTimes(world.latencies)
     drawn = _draws(world)
-    nodes = [SimulatedNode(engine, specs, drawn, scenario.hardware, timeline=timeline, beside=world.neighbours) for _ in range(devices.nodes)]
+    peer_bytes_per_s = int(devices.peer_gb_per_s * 1e9)
+    nodes = [
+        SimulatedNode(engine, specs, drawn, scenario.hardware, timeline=timeline, beside=world.neighbours, peer_bytes_per_s=peer_bytes_per_s)
+        for _ in range(devices.nodes)
+    ]
     where = [nodes[number % len(nodes)] for number in range(len(world.functions))]
     fronts = Fronts(engine, world.functions, where, world.around_ns)
     for function, weight_bytes, node in zip(world.functions, world.weight_bytes, where, strict=True):
         run_ns = times.run_ns(function.key, 1, 100)
         node.handle(FunctionDeclared(FunctionSpec(function.key, function.cls, function.share, function.slo, weight_bytes, run_ns)))
     engine.settle(_START_NS)
-    engine.at(_START_NS + int(scenario.warm_up_s * S), fronts.forget)
+    engine.at(_START_NS + int(scenario.warm_up_s * S), fronts.forget, world.allowed)
     engine.run(world.arrivals, fronts.arrive, progress, start_ns=_START_NS)
     all_devices = [device for node in nodes for device in node.state.devices.values()]
     accounts = [function.account for node in nodes for function in node.state.functions.values()]

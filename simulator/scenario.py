@@ -6,7 +6,7 @@ Owns the YAML schema, and what a seed makes of it: the functions, their run time
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,7 +42,7 @@ class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Devices(_Part, frozen=True):
     """`count` devices on each of `nodes`; `per_link` of them share a link to the host of `link_gb_per_s`.
 
-    `peer_gb_per_s` is the speed between devices of a node (NVLink; 0: none), for policies that use it.
+    `peer_gb_per_s` is the speed between any two devices of a node, each way (NVLink; 0: none), for policies that use it.
     """
 
     count: Count = 1
@@ -131,7 +131,10 @@ class Scenario(_Part, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """A scenario with a seed: functions by number, as arrivals count them. `load_ns`: of a framework that does not swap."""
+    """A scenario with a seed: functions by number, as arrivals count them. `load_ns`: of a framework that does not swap.
+
+    `allowed`: requests of a function that may be late, and that may stay without an answer; Sluice's own run raises Lost when there are more.
+    """
 
     scenario: Scenario
     device_bytes: int
@@ -143,6 +146,7 @@ class World:
     around_ns: tuple[int, ...] = ()
     neighbours: Neighbours | None = None
     seed: int = 0
+    allowed: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def cluster(self) -> Cluster:

@@ -264,7 +264,7 @@ def _players(processes: int) -> Iterator[Played]:
         return
     with ProcessPoolExecutor(processes) as pool:
 
-        def players(jobs: Iterable[Job]) -> Iterator[dict[str, Tally]]:
+        def players(jobs: Iterable[Job]) -> Iterator[dict[str, Tally] | None]:
             return pool.map(play, jobs)
 
         yield players

@@ -1,13 +1,15 @@
 """How many devices keep the objectives of some functions: simulated with the node agent's own code, and found by bisection.
 
-Owns the trials: which functions go to which node, which spells of the load are played, and when an objective counts as kept. Decides nothing about
-who should share at all (`simulator.planning.plan`).
+Owns the trials: which functions go to which node, which spells of the load are played, and when an objective counts as kept. A trial that has only to
+tell whether all objectives hold ends as soon as one cannot hold any more, whatever is still to come. Decides nothing about who should share at all
+(`simulator.planning.plan`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -21,12 +23,14 @@ from simulator.measured import Level
 from simulator.node import Hardware
 from simulator.planning.demand import Counts, Demand, Floats, Times, busiest
 from simulator.planning.wanted import Wanted
-from simulator.record import Histogram
+from simulator.record import Histogram, Lost
 from simulator.run import simulate
 from simulator.scenario import Devices, Scenario, World
 
 _GUARANTEED_BP = WHOLE_QUOTA_BP * 9 // 10
 _FULL = 0.7
+_ANY = sys.maxsize
+_Allowed = Mapping[str, tuple[int, int]]
 
 
 class Machine(msgspec.Struct, frozen=True):
@@ -59,8 +63,11 @@ class Tally:
 
     def kept(self, wanted: Wanted) -> bool:
         """Whether the objective held. One late request is forgiven where there are too few to tell a percentile."""
-        missed = self.late if wanted.guaranteed else self.unanswered
-        return missed <= max(1.0, self.requests * (100 - wanted.function.slo.percentile) / 100)
+        return self.missed(wanted) <= _may_miss(wanted, self.requests)
+
+    def missed(self, wanted: Wanted) -> int:
+        """Requests that count against the objective."""
+        return self.late if wanted.guaranteed else self.unanswered
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +77,14 @@ class Job:
     world: World
 
 
-def play(job: Job) -> dict[str, Tally]:
-    """Simulates a node, in any process."""
+def play(job: Job) -> dict[str, Tally] | None:
+    """Simulates a node, in any process; None when more requests missed than its world allows."""
+    try:
+        outcome = simulate("sluice", job.world)
+    except Lost:
+        return None
     found = {}
-    for key, record in simulate("sluice", job.world).records.items():
+    for key, record in outcome.records.items():
         tally = found[key] = Tally()
         tally.requests, tally.late, tally.unanswered = record.requests, record.late, record.rejected.total()
         tally.total.merge(record.parts["total"])
@@ -81,7 +92,19 @@ def play(job: Job) -> dict[str, Tally]:
 
 
 _Names = tuple[tuple[str, int], ...]
-Played = Callable[[Iterable[Job]], Iterator[dict[str, Tally]]]
+_Trial = tuple[_Names, int, Level]
+Played = Callable[[Iterable[Job]], Iterator[dict[str, Tally] | None]]
+"""`play` for each job, in order. Who does not ask for the next one needs no more of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Draw:
+    """A spell of one seed: when each function is called, from the begin of the warm-up on, and how long it is with that."""
+
+    calls: dict[str, Times]
+    span_ns: int
+    warm_up_ns: int
+    seed: int
 
 
 class Capacity:
@@ -103,28 +126,33 @@ class Capacity:
         self._place = {key: at for at, key in enumerate(demand.keys)}
         self._players = players
         self._said = said
-        self._known: dict[tuple[_Names, int, Level], dict[str, Tally]] = {}
+        self._known: dict[_Trial, dict[str, Tally]] = {}
+        self._lost: set[_Trial] = set()
         self._fewest: dict[tuple[_Names, Level, int], int | None] = {}
 
-    def fewest(self, members: Sequence[Wanted], level: Level, at_most: int) -> int | None:
-        """The fewest devices with which every member keeps its objective; None when so many do not."""
+    def fewest(self, members: Sequence[Wanted], level: Level, at_most: int, near: int | None = None) -> int | None:
+        """The fewest devices with which every member keeps its objective; None when so many do not. `near`: where to look first."""
         if not members:
             return 0
         asked = _names(members), level, at_most
         if asked not in self._fewest:
-            self._fewest[asked] = self._search(members, level, at_most)
+            self._fewest[asked] = self._search(members, level, at_most, near)
         return self._fewest[asked]
 
-    def _search(self, members: Sequence[Wanted], level: Level, at_most: int) -> int | None:
-        """Upwards from what the load must fill, then by bisection."""
-        low = self._least(members, level)
-        high = max(low + 1, math.ceil(self._load(members, level) / _FULL))
-        while not self.holds(members, min(high, at_most), level):
-            low = min(high, at_most)
-            if low == at_most:
-                return None
-            high = high + max(1, high // 2)
-        high = min(high, at_most)
+    def _search(self, members: Sequence[Wanted], level: Level, at_most: int, near: int | None) -> int | None:
+        """From a guess in growing steps to where it changes, then by bisection."""
+        least = self._least(members, level)
+        high = min(at_most, max(least + 1, near or math.ceil(self._load(members, level) / _FULL)))
+        low, step = least, 1
+        if self.holds(members, high, level):
+            while high - least > 1 and self.holds(members, tried := max(least + 1, high - step), level):
+                high, step = tried, 2 * step
+            low = max(least, high - step)
+        else:
+            while not self.holds(members, high, level):
+                if high == at_most:
+                    return None
+                low, high = high, min(at_most, high + max(1, high // 2))
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if self.holds(members, middle, level) else (middle, high)
@@ -132,18 +160,23 @@ class Capacity:
 
     def holds(self, members: Sequence[Wanted], devices: int, level: Level) -> bool:
         """Whether so many devices do."""
-        found = self.tallies(members, devices, level)
-        return all(found[member.key].kept(member) for member in members)
+        known = _names(members), devices, level
+        if known in self._lost:
+            return False
+        if known not in self._known:
+            found = self._play(members, devices, level, ends_early=True)
+            if found is None:
+                self._lost.add(known)
+                return False
+            self._known[known] = found
+        return all(self._known[known][member.key].kept(member) for member in members)
 
     def tallies(self, members: Sequence[Wanted], devices: int, level: Level) -> dict[str, Tally]:
         """What the members' requests meet on so many devices."""
         known = _names(members), devices, level
         if known not in self._known:
-            self._said(f"{len(members)} functions on {devices} devices, run times: {level}")
-            found = {member.key: Tally() for member in members}
-            for part in self._players(self._jobs(members, devices, level)):
-                for key, tally in part.items():
-                    _add(found[key], tally)
+            found = self._play(members, devices, level, ends_early=False)
+            assert found is not None, "nothing was forbidden"
             self._known[known] = found
         return self._known[known]
 
@@ -184,15 +217,34 @@ class Capacity:
         spell_ns = min(self.demand.span_ns, self.spells.length_ns)
         return max(0, math.ceil(self._load(members, level) * spell_ns / (spell_ns + patience_ns)) - 1)
 
-    def _jobs(self, members: Sequence[Wanted], devices: int, level: Level) -> Iterator[Job]:
+    def _play(self, members: Sequence[Wanted], devices: int, level: Level, *, ends_early: bool) -> dict[str, Tally] | None:
+        """What becomes of the members' requests; None, if it may end early, when an objective cannot hold any more."""
+        self._said(f"{len(members)} functions on {devices} devices, run times: {level}")
+        draws = [self._draw(members, seed, start) for seed in range(self.seeds) for start in self.starts(members)]
+        # At most: of the warm-up only those count that are answered after it.
+        most = {member.key: int(_may_miss(member, sum(len(draw.calls[member.key]) for draw in draws))) for member in members}
+        allowed = {member.key: (most[member.key] if member.guaranteed else _ANY, most[member.key]) for member in members} if ends_early else {}
+        found = {member.key: Tally() for member in members}
+        for part in self._players(self._jobs(members, devices, level, draws, allowed)):
+            if part is None:
+                return None
+            for key, tally in part.items():
+                _add(found[key], tally)
+            if ends_early and any(found[member.key].missed(member) > most[member.key] for member in members):
+                return None
+        return found
+
+    def _draw(self, members: Sequence[Wanted], seed: int, start: int) -> _Draw:
+        end = min(self.demand.span_ns, start + self.spells.length_ns)
+        begin = max(0, start - self.spells.warm_up_ns)
+        calls = {member.key: self.demand.calls(seed, self._place[member.key], begin, end) - begin for member in members}
+        return _Draw(calls, end - begin, start - begin, seed)
+
+    def _jobs(self, members: Sequence[Wanted], devices: int, level: Level, draws: Iterable[_Draw], allowed: _Allowed) -> Iterator[Job]:
         """Every spell of every seed on every node."""
-        for seed in range(self.seeds):
-            for start in self.starts(members):
-                end = min(self.demand.span_ns, start + self.spells.length_ns)
-                begin = max(0, start - self.spells.warm_up_ns)
-                cut = {member.key: self.demand.calls(seed, self._place[member.key], begin, end) - begin for member in members}
-                for group, count in self._nodes(members, devices, cut, level):
-                    yield Job(self._world(group, count, level, cut, (end - begin, start - begin), seed))
+        for draw in draws:
+            for group, count in self._nodes(members, devices, draw.calls, level):
+                yield Job(self._world(group, count, level, draw, {member.key: allowed[member.key] for member in group if allowed}))
 
     def _nodes(self, members: Sequence[Wanted], devices: int, cut: dict[str, Times], level: Level) -> list[tuple[list[Wanted], int]]:
         """Who goes to which node: each function, the busiest first, to the node that is least loaded for its size.
@@ -210,9 +262,9 @@ class Capacity:
             groups[node].append(member)
         return [(group, count) for group, count in zip(groups, counts, strict=True) if group]
 
-    def _world(self, group: Sequence[Wanted], devices: int, level: Level, cut: dict[str, Times], span: tuple[int, int], seed: int) -> World:
-        """A node and its load; `span` is how long that is, warm-up included, and how long the warm-up."""
-        machine, (span_ns, warm_up_ns) = self.machine, span
+    def _world(self, group: Sequence[Wanted], devices: int, level: Level, draw: _Draw, allowed: _Allowed) -> World:
+        """A node and its load."""
+        machine, cut, span_ns, warm_up_ns = self.machine, draw.calls, draw.span_ns, draw.warm_up_ns
         layout = Devices(devices, 1, str(machine.memory_bytes), machine.link_gb_per_s, machine.per_link)
         scenario = Scenario(
             name="plan",
@@ -228,7 +280,9 @@ class Capacity:
         arrivals = of_many([member.key for member in group], [cut[member.key] for member in group], span_ns)
         weights = tuple(member.known.weight_bytes for member in group)
         around = (int(machine.around_ms * MS),) * len(group)
-        return World(scenario, machine.memory_bytes, functions, weights, (0,) * len(group), latencies, arrivals, around, seed=seed)
+        return World(
+            scenario, machine.memory_bytes, functions, weights, (0,) * len(group), latencies, arrivals, around, seed=draw.seed, allowed=allowed
+        )
 
 
 def _shares(functions: Sequence[Function], used: Sequence[float], devices: int) -> tuple[Function, ...]:
@@ -241,6 +295,11 @@ def _shares(functions: Sequence[Function], used: Sequence[float], devices: int) 
     return tuple(
         msgspec.structs.replace(function, share=Share(function.share.sm_percent, quota)) for function, quota in zip(functions, quotas, strict=True)
     )
+
+
+def _may_miss(wanted: Wanted, requests: int) -> float:
+    """How many of so many may miss the objective."""
+    return max(1.0, requests * (100 - wanted.function.slo.percentile) / 100)
 
 
 def _names(members: Iterable[Wanted]) -> _Names:

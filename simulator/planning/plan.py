@@ -159,8 +159,11 @@ class _Planner:
 
     def _pays_apart(self, some: Sequence[Wanted]) -> bool:
         """Whether the pool shrinks by at least what these take with devices of their own."""
-        together, without = self.devices(self.pool), self.devices([one for one in self.pool if one not in some])
-        return together is None or (without is not None and without + self._own(some) <= together)
+        together, rest = self.devices(self.pool), [one for one in self.pool if one not in some]
+        if together is None:
+            return True
+        left = min(together - self._own(some), self._bound(rest))
+        return left == 0 if not rest else left > 0 and self.capacity.holds(rest, left, "high")
 
     def _set_apart(self, one: Wanted, reason: str) -> None:
         self.pool.remove(one)
@@ -235,7 +238,7 @@ def _cold_ms(one: Wanted, capacity: Capacity) -> float:
 
 def _fewest(capacity: Capacity, members: Sequence[Wanted], level: Level, at_most: int) -> int:
     """At a lower level of the run times no more than at the upper one."""
-    return (capacity.fewest(members, level, at_most) or at_most) if members else 0
+    return (capacity.fewest(members, level, at_most, near=at_most) or at_most) if members else 0
 
 
 def _of_level(capacity: Capacity, one: Wanted, level: Level, devices: int) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from contracts.functions import FunctionClass
 from contracts.units import GIB, MIB, S
 from simulator.planning import report
-from simulator.planning.capacity import Capacity, Machine, Spells
+from simulator.planning.capacity import Capacity, Job, Machine, Spells, Tally, play
+from simulator.planning.demand import of_calls
 from simulator.planning.plan import Plan, Running, make, running
 from simulator.planning.wanted import LEVELS, Wanted
 from tests.simulator.planning.functions import MACHINE, SPAN_NS, capacity, demand, function
@@ -63,6 +65,63 @@ def test_the_devices_hold_every_objective_and_one_fewer_do_not() -> None:
     assert not found.holds(functions, fewest - 1, "high")
     # Judged anew, by nothing that was remembered.
     assert capacity(functions, [2.5] * 10).holds(functions, fewest, "high")
+
+
+class Players:
+    """Plays in this process, and notes the jobs that ended early."""
+
+    def __init__(self) -> None:
+        self.jobs = self.lost = 0
+
+    def __call__(self, jobs: Iterable[Job]) -> Iterator[dict[str, Tally] | None]:
+        for job in jobs:
+            found = play(job)
+            self.jobs += 1
+            self.lost += found is None
+            yield found
+
+
+@settings(max_examples=4)
+@given(slo_ms=st.sampled_from([60, 120, 300, 600]), rate=st.sampled_from([0.3, 1.0, 2.0]), best_effort=st.booleans(), seed=st.integers(0, 100))
+def test_a_trial_that_ends_early_says_what_it_would_have_said_at_its_end(slo_ms: float, rate: float, best_effort: bool, seed: int) -> None:
+    cls = FunctionClass.BEST_EFFORT if best_effort else FunctionClass.LATENCY_SENSITIVE
+    functions = [function("x", slo_ms=slo_ms, cls=cls), *(function(f"f{number}", (10, 30), slo_ms, 900 * MIB) for number in range(7))]
+    calls = demand(functions, [rate] * 8, seed, 2 * SPAN_NS)
+    for devices in (1, 2):
+        early, whole = (Capacity(calls, MACHINE, Spells(SPAN_NS, 2, 10 * S)) for _ in range(2))
+        held = early.holds(functions, devices, "high")
+        tallies = whole.tallies(functions, devices, "high")
+        assert held is all(tallies[one.key].kept(one) for one in functions)
+        assert {key: tally.late for key, tally in early.tallies(functions, devices, "high").items()} == {
+            key: one.late for key, one in tallies.items()
+        }
+
+
+def test_what_is_lost_is_not_played_to_its_end_nor_again() -> None:
+    functions = [function(f"f{number}", (120, 120), slo_ms=900) for number in range(10)]
+    players = Players()
+    found = Capacity(demand(functions, [2.5] * 10, span_ns=3 * SPAN_NS), MACHINE, Spells(SPAN_NS, 3, 0), players=players)
+    assert not found.holds(functions, 1, "high")
+    assert (players.jobs, players.lost) == (1, 1), "the first of three spells decides"
+    assert not found.holds(functions, 1, "high")
+    assert players.jobs == 1
+    assert found.holds(functions, 8, "high")
+    assert players.jobs == 4
+    found.tallies(functions, 8, "high")
+    assert players.jobs == 4, "a trial that holds was played to its end"
+    assert found.tallies(functions, 1, "high")[functions[0].key].late > 0, "and one that is lost is, when that is asked for"
+    assert players.jobs == 7
+
+
+def test_misses_of_several_spells_together_end_a_trial() -> None:
+    """One late request in each spell, where one in all is forgiven: no spell alone decides."""
+    one = function("one", (50, 50), slo_ms=70, max_batch=1)
+    times = np.array([5, 5.02, 65, 65.02, 125, 125.02]) * S
+    players = Players()
+    found = Capacity(of_calls([one.key], 3 * SPAN_NS, lambda _: [times.astype(np.int64)]), MACHINE, Spells(SPAN_NS, 3, 0), players=players)
+    assert not found.holds([one], 1, "high")
+    assert (players.jobs, players.lost) == (2, 0)
+    assert found.tallies([one], 1, "high")[one.key].late == 3
 
 
 @settings(max_examples=3)
