@@ -22,7 +22,7 @@ from contracts.wire import Answer
 from profiler.points import Config
 from profiler.session import Caller, Session
 
-_WARM_UP = 2
+_WARM_UP = 1
 _LEAST_BP = 1
 _REFERENCE_FEWEST, _REFERENCE_ENOUGH, _REFERENCE_NS = 3, 15, S // 6
 
