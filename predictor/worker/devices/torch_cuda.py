@@ -9,7 +9,7 @@ import mmap
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import msgspec
 import torch
@@ -74,25 +74,20 @@ class TorchCuda:
         return msgspec.msgpack.encode(memory.untyped_storage()._share_cuda_())
 
     def open(self, handle: bytes, nbytes: int) -> torch.Tensor:
-        """As Driver.open."""
-        _, *fields = msgspec.msgpack.decode(handle)
-        return self._opened(fields, nbytes)
-
-    def open_peer(self, handle: bytes, nbytes: int) -> torch.Tensor:
-        """As Driver.open_peer. The other GPU need not be visible: its memory is mapped into this device's addresses, with peer access.
-
-        torch opens handles with cudaIpcMemLazyEnablePeerAccess. The event that comes with a handle is the other device's, and not needed: the owner
-        has waited for all that it wrote.
-        """
+        """As Driver.open. The event that comes with a handle is not asked: the owner has waited for all that it wrote."""
         _, *fields, _ = msgspec.msgpack.decode(handle)
-        return self._opened([*fields, False], nbytes)
-
-    def _opened(self, fields: list[Any], nbytes: int) -> torch.Tensor:
-        storage = torch.UntypedStorage._new_shared_cuda(0, *fields)
+        storage = torch.UntypedStorage._new_shared_cuda(0, *fields, False)
         opened = torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
         if opened.numel() < nbytes:
             raise Unavailable(f"the slab has {opened.numel()} bytes, not {nbytes}")
         return opened[:nbytes]
+
+    def open_peer(self, handle: bytes, nbytes: int) -> torch.Tensor:
+        """As Driver.open_peer. The other GPU need not be visible: its memory is mapped into this device's addresses, with peer access.
+
+        torch opens handles with cudaIpcMemLazyEnablePeerAccess.
+        """
+        return self.open(handle, nbytes)
 
     def register(self, memory: torch.Tensor) -> bool:
         """As Driver.register."""
