@@ -54,7 +54,7 @@ class LaneStatus(msgspec.Struct, frozen=True):
 
 
 class DeviceStatus(msgspec.Struct, frozen=True):
-    """One device: memory in bytes, GPU time handed out in ns, bytes swapped in, and its lanes.
+    """One device: memory in bytes, GPU time handed out in ns, bytes swapped in, and its lanes. `peer_swaps` of its swaps came from other devices.
 
     `state` is "up", or "lost" while its memory is being brought back; `backend` is what holds its lanes to their SMs (Spawn.backend), and `why` so.
     """
@@ -70,6 +70,7 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     state: str = "up"
     backend: str = "pace"
     why: str = ""
+    peer_swaps: int = 0
 
 
 class NodeStatus(msgspec.Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""Copies over one host link, granted chunk by chunk by a completely fair scheduler. Pure; it grants, the lanes copy.
+"""Copies over one link, granted chunk by chunk by a completely fair scheduler. Pure; it grants, the lanes copy.
 
 vruntime grows by bytes / weight (Missile, PPoPP'25), so links are shared by weight and never left idle; a copy that is behind the rate its deadline
 needs, size / (deadline - run time) (FaaSTube), goes first. Few chunks are in flight, so that a new urgent copy waits for at most those.
@@ -6,11 +6,17 @@ needs, size / (deadline - run time) (FaaSTube), goes first. Few chunks are in fl
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nodeagent.memory import Extent
+
 
 class CopyTask:
     """One copy: `granted_bytes` may go, `copied_bytes` have arrived. `due_ns` is when all should be there.
 
-    `moved_ns` is when it last went on, or was given something to do.
+    `moved_ns` is when it last went on, or was given something to do. `source` are the weights on another device that it reads, None for the host's.
+    `spoilt`: they were lost meanwhile, and what arrives is of no use.
     """
 
     __slots__ = (
@@ -20,15 +26,24 @@ class CopyTask:
         "due_ns",
         "granted_bytes",
         "lane",
+        "link",
         "moved_ns",
         "nbytes",
         "owner",
+        "source",
+        "spoilt",
         "started_ns",
         "vruntime",
         "weight",
     )
 
-    def __init__(self, copy: int, device: str, lane: int, owner: int, nbytes: int, weight: int, started_ns: int, due_ns: int) -> None:
+    link: Link
+
+    def __init__(
+        self, copy: int, device: str, lane: int, owner: int, nbytes: int, weight: int, started_ns: int, due_ns: int, source: Extent | None = None
+    ) -> None:
+        self.source = source
+        self.spoilt = False
         self.copy = copy
         self.device = device
         self.lane = lane
@@ -50,7 +65,7 @@ class CopyTask:
 
 
 class Link:
-    """The copies that share one host link, granted in chunks of `chunk_bytes`."""
+    """The copies that share one link: from the host, or from one device to another, granted in chunks of `chunk_bytes`."""
 
     def __init__(self, chunk_bytes: int, chunks_in_flight: int, bytes_per_s: int) -> None:
         self.tasks: dict[int, CopyTask] = {}
@@ -65,6 +80,7 @@ class Link:
     def begin(self, task: CopyTask) -> None:
         """A new copy; it starts level with the least served of the others, so that it neither waits for their past nor pays for it."""
         task.vruntime = self._vruntime
+        task.link = self
         self.tasks[task.copy] = task
         self.waiting_bytes += task.nbytes
 

@@ -11,9 +11,8 @@ from nodeagent import events as ev
 from nodeagent.copies import Link
 from nodeagent.entities import Device, FunctionState, Lane, LaneState, RequestState
 from nodeagent.lane_pool import LanePool
-from nodeagent.memory import Place
 from nodeagent.node import Node
-from nodeagent.placement import RunOn, SwapTo, choose, find_place, holder_wait_ns, lane_with_weights, link_busy, stall_ns
+from nodeagent.placement import RunOn, SwapTo, best_way, choose, find_place, holder_wait_ns, lane_with_weights, stall_ns
 from nodeagent.swaps import Swaps
 from nodeagent.tokens import Tier, lateness_rank
 
@@ -117,7 +116,7 @@ class Dispatcher:
             else:
                 function = self._new_items.pop(next(iter(self._new_items)))
                 if function.ready_key is not None and not self._try(function, node.device_list, now_ns):
-                    self._swaps.prefetch((function,), node.links.values(), now_ns)
+                    self._swaps.prefetch((function,), node.host_links, now_ns)
         if idle_links and node.ready.order:
             self._swaps.prefetch(node.ready.head(_PREFETCH_SCAN), idle_links, now_ns)
 
@@ -163,14 +162,14 @@ class Dispatcher:
     def _swap(self, function: FunctionState, choice: SwapTo, now_ns: int) -> None:
         """The copy begins at once; the batch takes its lane now if it hides the whole of it, else when it hides what is left."""
         if choice.stall_ns:
-            self._swaps.begin(function, choice.lane, choice.place, now_ns)
+            self._swaps.begin(function, choice.lane, choice.place, choice.way, now_ns)
             function.stuck = False
             function.holder_until_ns = now_ns + choice.stall_ns
             self._release_hold(function)
             return
         # While the hit runs the copy goes on: being overtaken costs little.
         hit = self._hit_behind(function, choice, now_ns)
-        self._swaps.begin(function, choice.lane, choice.place, now_ns)
+        self._swaps.begin(function, choice.lane, choice.place, choice.way, now_ns)
         self._run(*(hit or (function, choice.lane)), now_ns)
 
     def _hold(self, function: FunctionState, device: Device | None) -> None:
@@ -261,14 +260,17 @@ class Dispatcher:
             self._pool.occupy(lane, now_ns)
             self.node.emit(ev.Resume(lane.number, request.number))
 
-    def _room_for(self, function: FunctionState, device: Device, now_ns: int) -> Place | None:
-        """Where on the device its weights would go: sooner than another that holds them is free, and over a link that is free."""
-        link = device.link
-        if link.tasks and link_busy(link, function.spec.cls, self.node.functions):
+    def _swap_to(self, function: FunctionState, lane: Lane, now_ns: int) -> SwapTo | None:
+        """How its weights would come to a lane: sooner than another device that holds them is free, and over a link that is free."""
+        way = best_way(function, lane, self.node.functions)
+        if way is None:
             return None
-        if holder_wait_ns(function, self.node.devices, self.node.ready.head(_SCAN), now_ns) <= link.swap_ns(function.spec.weight_bytes):
+        if holder_wait_ns(function, self.node.devices, self.node.ready.head(_SCAN), now_ns) <= way.link.swap_ns(function.spec.weight_bytes):
             return None
-        return find_place(function, device, self.node.functions, now_ns)
+        place = find_place(function, lane.device, self.node.functions, now_ns)
+        if place is None:
+            return None
+        return SwapTo(lane, place, way, stall_ns(function, function.queue[0].rows, way.link, function.spec.weight_bytes))
 
     def _preempt(self, function: FunctionState, candidates: Sequence[Device], now_ns: int) -> Device | None:
         """Asks less urgent best-effort batches to pause where that makes room; returns the device that will have it."""
@@ -292,12 +294,11 @@ class Dispatcher:
             self._pool.want(device, function.lane_key, now_ns)
             return False
         if device.spec.id not in function.extents:
-            place = self._room_for(function, device, now_ns)
-            if place is None:
+            choice = self._swap_to(function, lane, now_ns)
+            if choice is None:
                 return False
-            stall = stall_ns(function, function.queue[0].rows, device.link, function.spec.weight_bytes)
-            if stall:
-                self._swap(function, SwapTo(lane, place, stall), now_ns)
+            if choice.stall_ns:
+                self._swap(function, choice, now_ns)
                 return True
         for victim in victims:
             self._pool.pause(victim)

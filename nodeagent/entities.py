@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from contracts.functions import FunctionClass, Share
-from nodeagent.copies import Link
+from nodeagent.copies import CopyTask, Link
 from nodeagent.estimates import NeedEstimate, RunEstimate
 from nodeagent.events import FunctionSpec, RequestArrived
 from nodeagent.memory import DeviceMemory, Extent
@@ -170,10 +170,10 @@ class Lane:
     """A lane of a device. `since_ns` is when it took up its present state. Sizes are percent of the device's SMs.
 
     `sm_percent` is its cap, `held_sm` what it holds of its device while it runs. `copies` counts those that it makes. `doomed`: it was told to end
-    with a batch in hand, since it hangs or its device is lost.
+    with a batch in hand, since it hangs, or its device or one that it reads is lost. `peers`: the devices whose memory it has proved to read right.
     """
 
-    __slots__ = ("best_effort", "copies", "device", "doomed", "held_sm", "key", "number", "request", "since_ns", "sm_percent", "state")
+    __slots__ = ("best_effort", "copies", "device", "doomed", "held_sm", "key", "number", "peers", "request", "since_ns", "sm_percent", "state")
 
     def __init__(self, number: int, device: Device, key: LaneKey, now_ns: int) -> None:
         self.number = number
@@ -186,6 +186,7 @@ class Lane:
         self.request: RequestState | None = None
         self.since_ns = now_ns
         self.copies = 0
+        self.peers: set[str] = set()
         self.doomed = False
 
     @property
@@ -214,13 +215,16 @@ class Lane:
 
 
 class Device:
-    """A device: its memory, its lanes, its link, and how many percent of its SMs run now. `held_for`: kept free for a function that was starved.
+    """A device: its memory, its lanes, its link to the host, and how many percent of its SMs run now.
+
+    `peer_links` lead to it from other devices, `copies` are all under way to it. `held_for`: kept free for a function that was starved.
 
     `pausable` counts its running best-effort batches that were not yet asked to pause. `lost`: its memory has gone, and nothing may start there.
     """
 
     __slots__ = (
         "busy_ns",
+        "copies",
         "failed_starts",
         "held_for",
         "lanes",
@@ -229,6 +233,8 @@ class Device:
         "lost",
         "memory",
         "pausable",
+        "peer_links",
+        "peer_swaps",
         "running_sm",
         "spec",
         "start_after_ns",
@@ -240,12 +246,14 @@ class Device:
         self.spec = spec
         self.memory = DeviceMemory(spec.capacity_bytes)
         self.link = link
+        self.peer_links: dict[str, Link] = {}
+        self.copies: dict[int, CopyTask] = {}
         self.lanes: dict[int, Lane] = {}
         self.lanes_by_key: dict[LaneKey, list[Lane]] = {}
         self.running_sm = 0
         self.pausable = 0
         self.held_for: FunctionState | None = None
-        self.busy_ns = self.swapped_bytes = self.swaps = 0
+        self.busy_ns = self.swapped_bytes = self.swaps = self.peer_swaps = 0
         self.failed_starts = 0
         self.start_after_ns = 0
         self.lost = False
@@ -256,7 +264,7 @@ class Device:
         for lane in lanes:
             if lane.state is LaneState.IDLE and (lane.number == number if number else not lane.copies):
                 return lane
-        return next((lane for lane in lanes if lane.state is LaneState.IDLE and not number), None) if self.link.tasks else None
+        return next((lane for lane in lanes if lane.state is LaneState.IDLE and not number), None) if self.copies else None
 
     def lacks_lane(self, key: LaneKey) -> bool:
         """One more lane of this size and class could run beside those there are, and none is on its way."""

@@ -105,6 +105,14 @@ class LaneLost(Event, frozen=True):
     lane: int
 
 
+class PeerUp(Event, frozen=True):
+    """A lane has proved that it can copy weights from another device's memory; how fast, in bytes/s. It holds until that device is lost."""
+
+    lane: int
+    device: str
+    bytes_per_s: int
+
+
 class DeviceLost(Event, frozen=True):
     """A device's memory has gone with all that lay there. Its lanes are told to end, and nothing starts there before DeviceUp."""
 
@@ -147,19 +155,24 @@ class StartLane(Command, frozen=True):
 
 
 class StopLane(Command, frozen=True):
-    """End a lane: one that is idle, or one whose batch hangs or whose device is lost, which takes force; LaneLost follows."""
+    """End a lane that is idle, or, which takes force, one that hangs, or whose device, or one that it reads, is lost; LaneLost follows."""
 
     lane: int
 
 
 class Copy(Command, frozen=True):
-    """Copy a function's weights to `offset` of the device's slab, by this lane; the first `until_bytes` at once."""
+    """Copy a function's weights to `offset` of the device's slab, by this lane; the first `until_bytes` at once.
+
+    They come from the host, or, where `source` names another device, from `source_offset` of its slab.
+    """
 
     copy: int
     lane: int
     function: str
     offset: int
     until_bytes: int
+    source: str = ""
+    source_offset: int = 0
 
 
 class CopyGrant(Command, frozen=True):

@@ -24,6 +24,8 @@ def check(state: NodeState, pool: LanePool) -> None:
             _check_lost(device)
     for name, link in state.node.links.items():
         _check_link(state, name, link)
+    for device in state.devices.values():
+        _check_peers(state, device)
     _check_watch(state, pool)
     _check_requests(state)
     _check_accounts(state)
@@ -56,9 +58,11 @@ def _check_memory(state: NodeState, device: Device) -> None:
         owner = state.node.functions.get(extent.owner)
         assert owner is not None and owner.extents.get(device.spec.id) is extent, f"{device.spec.id}: an extent of {extent.owner} is nobody's"
         users = sum(1 for lane in device.lanes.values() if lane.request is not None and lane.request.function is owner)
-        copying = extent.copy in device.link.tasks
+        copying = extent.copy in device.copies
+        readers = sum(1 for other in state.devices.values() for task in other.copies.values() if task.source is extent)
+        assert not readers or extent.resident, f"{device.spec.id}: weights of {extent.owner} are read before they are there"
         assert copying == (extent.copy != 0), f"{device.spec.id}: copy {extent.copy} is not under way"
-        assert extent.pins == users + copying, f"{device.spec.id}: {extent.pins} pins, {users} users, copy {extent.copy}"
+        assert extent.pins == users + copying + readers, f"{device.spec.id}: {extent.pins} pins, {users} users, {readers} readers, copy {extent.copy}"
         assert not (users and extent.unused), f"{device.spec.id}: weights of {extent.owner} are in use and count as unused"
     used = sum(aligned(extent.nbytes) for extent in extents)
     assert used == device.memory.used_bytes <= device.memory.capacity_bytes, (
@@ -78,6 +82,17 @@ def _check_link(state: NodeState, name: str, link: Link) -> None:
     for task in tasks:
         lane = state.lanes.get(task.lane)
         assert lane is not None and lane.device.spec.id == task.device, f"{name}: copy {task.copy} has no lane"
+        assert lane.device.copies.get(task.copy) is task and task.link is link, f"{name}: copy {task.copy} is not known as one of its device"
+
+
+def _check_peers(state: NodeState, device: Device) -> None:
+    for lane in device.lanes.values():
+        assert not any(state.devices[peer].lost for peer in lane.peers), f"lane {lane.number} counts on a lost device: {lane.peers}"
+    for source, link in device.peer_links.items():
+        for task in link.tasks.values():
+            holder = state.devices[source].memory.extents.get(task.owner)
+            trusted = task.source is not None and task.source is holder
+            assert trusted or (task.spoilt and not state.lanes[task.lane].serving), f"copy {task.copy} reads from {source} what is not there"
 
 
 def _check_watch(state: NodeState, pool: LanePool) -> None:

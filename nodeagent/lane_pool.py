@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from contracts.units import S
 from nodeagent import events as ev
@@ -130,13 +130,18 @@ class LanePool:
         request = lane.request
         assert request is not None
         hang_ns = self.node.settings.hang_ns
-        copy_ns = lane.device.link.swap_ns(request.extent.nbytes) if request.extent.copy else 0
+        copy = request.extent.copy
+        copy_ns = lane.device.copies[copy].link.swap_ns(request.extent.nbytes) if copy else 0
         patience_ns = max(hang_ns, _HANG_FACTOR * (request.estimate_ns + copy_ns))
         return max(lane.since_ns + patience_ns, min(request.deadline_ns, lane.since_ns + _TRUSTED_PERIODS * hang_ns))
 
     def end_all(self, device: Device, now_ns: int) -> None:
         """Ends every lane of a lost device."""
-        for lane in device.lanes.values():
+        self.end_those(device.lanes.values(), now_ns)
+
+    def end_those(self, lanes: Iterable[Lane], now_ns: int) -> None:
+        """Ends lanes, whatever they do."""
+        for lane in lanes:
             if lane.state is not LaneState.STOPPING and not lane.doomed:
                 self._end(lane, now_ns)
 

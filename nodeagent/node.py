@@ -21,8 +21,9 @@ class Node:
         self.links: dict[str, Link] = {}
         self.devices: dict[str, Device] = {}
         for spec in specs:
-            link = self.links.setdefault(spec.link or spec.id, _link(spec, settings))
+            link = self.links.setdefault(spec.link or spec.id, _link(spec.link_bytes_per_s, settings))
             self.devices[spec.id] = Device(spec, link)
+        self.host_links = tuple(self.links.values())
         self.device_list = tuple(self.devices.values())
         self.lanes: dict[int, Lane] = {}
         self.functions: dict[int, FunctionState] = {}
@@ -57,12 +58,17 @@ class Node:
         device.start_after_ns = at_ns
         self.restart_ns = min((other.start_after_ns for other in self.device_list if other.start_after_ns), default=NEVER_NS)
 
+    def link_peer(self, source: Device, target: Device, bytes_per_s: int) -> None:
+        """There is a way straight from one device's memory to another's."""
+        if source.spec.id not in target.peer_links:
+            link = target.peer_links[source.spec.id] = _link(bytes_per_s, self.settings)
+            self.links[f"{source.spec.id} to {target.spec.id}"] = link
+
     def next_number(self) -> int:
         """A number for a lane, a copy or a declaration of a function."""
         self._last_number += 1
         return self._last_number
 
 
-def _link(spec: DeviceSpec, settings: Settings) -> Link:
-    chunk_bytes = max(settings.chunk_bytes, spec.link_bytes_per_s * settings.chunk_ns // S)
-    return Link(chunk_bytes, settings.chunks_in_flight, spec.link_bytes_per_s)
+def _link(bytes_per_s: int, settings: Settings) -> Link:
+    return Link(max(settings.chunk_bytes, bytes_per_s * settings.chunk_ns // S), settings.chunks_in_flight, bytes_per_s)

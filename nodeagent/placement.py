@@ -1,8 +1,9 @@
 """Where a function's next batch should run: pure choices over the devices as they are now.
 
 Locality first, as LALB (GPU-enabled FaaS, IPDPS'23): a device that holds the weights; else wait for one that does if that is sooner than a swap; else
-swap to the device with the cheapest path, its host link not busy with another swap (Torpor, ATC'25). A batch whose weights take longer to come than
-it runs waits in the queue meanwhile: it takes its lane when what is left of the copy is hidden behind its layers.
+swap to the device with the cheapest path (a link from a device that holds them, or from the host) that is not busy with a swap (Torpor, ATC'25). A
+batch whose weights take longer to come than it runs waits in the queue meanwhile: it takes its lane when what is left of the copy is hidden behind
+its layers.
 """
 
 from __future__ import annotations
@@ -27,11 +28,19 @@ class RunOn(msgspec.Struct, frozen=True):
     lane: Lane
 
 
+class Way(msgspec.Struct, frozen=True):
+    """How weights come to a device: from another that holds them, or, where `source` is empty, from the host."""
+
+    link: Link
+    source: str = ""
+
+
 class SwapTo(msgspec.Struct, frozen=True):
     """Copy the weights to this place by this lane, and run there, when `stall_ns` of the copy have gone by; at once if it is 0."""
 
     lane: Lane
     place: Place
+    way: Way
     stall_ns: int
 
 
@@ -52,6 +61,8 @@ Choice = RunOn | SwapTo | WaitFor
 Waiting = FunctionState | RequestState
 _EARLY_NS = 2 * MS
 """A lane is taken so much earlier than the copy and the run need, and by a quarter of the run: a run is slower while weights are copied."""
+Opening = tuple[int, bool, int, Lane, Way]
+"""A lane to which weights could be copied now: (swap time, is its device full, order, lane, way)."""
 _BY_TIME = itemgetter(0, 1, 2)
 _DUPLICATE_COST = 0.1
 _QUEUED_PER_S = 100.0
@@ -79,12 +90,12 @@ def choose(
         if wait_ns <= openings[0][0]:
             return WaitFor(holder_ns=max(1, wait_ns))
         best: SwapTo | None = None
-        for at, (swap_ns, _, _, lane) in enumerate(openings):
+        for at, (swap_ns, _, _, lane, way) in enumerate(openings):
             if best is not None and (not best.place.cost or swap_ns > openings[at - 1][0]):
                 break
             place = find_place(function, lane.device, owners, now_ns)
             if place is not None and (best is None or place.cost < best.place.cost):
-                best = SwapTo(lane, place, stall_ns(function, rows, lane.device.link, function.spec.weight_bytes))
+                best = SwapTo(lane, place, way, stall_ns(function, rows, way.link, function.spec.weight_bytes))
         if best is not None:
             return best
     return WaitFor(wanted, _coming_ns(function, rows, devices), for_link)
@@ -92,13 +103,10 @@ def choose(
 
 def _openings(
     function: FunctionState, candidates: Sequence[Device], owners: Mapping[int, FunctionState], now_ns: int
-) -> tuple[list[tuple[int, bool, int, Lane]], Device | None, bool]:
-    """Idle lanes to which the weights could be copied now, best first: (swap time, is the device full, order, lane).
-
-    Besides, the device that lacks only a lane, and whether a lane was left out since its link is busy.
-    """
-    sm_percent, cls = key = function.lane_key
-    openings: list[tuple[int, bool, int, Lane]] = []
+) -> tuple[list[Opening], Device | None, bool]:
+    """Idle lanes to which the weights could be copied now, best first. Besides, the device that lacks only a lane, and whether links are too busy."""
+    sm_percent, _ = key = function.lane_key
+    openings: list[Opening] = []
     wanted: Device | None = None
     for_link = False
     for at, device in enumerate(candidates):
@@ -106,11 +114,12 @@ def _openings(
             continue
         lane, held = device.idle_lane(key), device.spec.id in function.extents
         if lane is not None and not held:
-            if device.link.tasks and link_busy(device.link, cls, owners):
+            way = best_way(function, lane, owners)
+            if way is None:
                 for_link = True
                 continue
             full = device.memory.used_bytes + function.spec.weight_bytes > device.memory.capacity_bytes
-            openings.append((device.link.swap_ns(function.spec.weight_bytes), full, at, lane))
+            openings.append((way.link.swap_ns(function.spec.weight_bytes), full, at, lane, way))
         if lane is None and wanted is None and device.lacks_lane(key) and (held or find_place(function, device, owners, now_ns) is not None):
             wanted = device
     if len(openings) > 1:
@@ -118,8 +127,26 @@ def _openings(
     return openings, wanted, for_link
 
 
+def best_way(function: FunctionState, lane: Lane, owners: Mapping[int, FunctionState]) -> Way | None:
+    """How the weights come to a lane's device soonest; None when that is a link which has to end another copy first."""
+    device, nbytes, cls = lane.device, function.spec.weight_bytes, function.spec.cls
+    ways = [Way(device.link)]
+    if lane.peers and function.extents:
+        held = (id_ for id_, extent in function.extents.items() if extent.resident and id_ in lane.peers)
+        ways += [Way(device.peer_links[id_], id_) for id_ in held]
+    best, least_ns = None, NEVER_NS
+    for way in ways:
+        link, busy = way.link, link_busy(way.link, cls, owners)
+        ns = link.alone_ns(link.waiting_bytes + nbytes) if busy else link.swap_ns(nbytes)
+        if ns < least_ns:
+            best, least_ns = None if busy else way, ns
+    return best
+
+
 def link_busy(link: Link, cls: FunctionClass, owners: Mapping[int, FunctionState]) -> bool:
     """Two copies that share a link are both late, so the next waits for the link; but latency-sensitive work waits for no best-effort copy."""
+    if not link.tasks:
+        return False
     return cls is FunctionClass.BEST_EFFORT or any(owners[task.owner].spec.cls is cls for task in link.tasks.values())
 
 
@@ -144,9 +171,10 @@ def lane_with_weights(function: FunctionState, rows: int, candidates: Sequence[D
             continue
         copier = 0
         if extent.copy:
-            if stall_ns(function, rows, device.link, extent.missing_bytes):
+            task = device.copies[extent.copy]
+            if stall_ns(function, rows, task.link, extent.missing_bytes):
                 continue
-            copier = device.link.tasks[extent.copy].lane
+            copier = task.lane
         lane = device.idle_lane(key, copier)
         if lane is not None:
             return lane
@@ -156,7 +184,7 @@ def lane_with_weights(function: FunctionState, rows: int, candidates: Sequence[D
 def _coming_ns(function: FunctionState, rows: int, devices: Mapping[str, Device]) -> int:
     """How long the first of the copies under way will be too far from its end for a batch to begin; 0: none is, or there is none."""
     coming = (
-        stall_ns(function, rows, devices[id_].link, extent.missing_bytes)
+        stall_ns(function, rows, devices[id_].copies[extent.copy].link, extent.missing_bytes)
         for id_, extent in function.extents.items()
         if extent.copy and _copier(devices[id_], extent).serving
     )
@@ -164,7 +192,7 @@ def _coming_ns(function: FunctionState, rows: int, devices: Mapping[str, Device]
 
 
 def _copier(device: Device, extent: Extent) -> Lane:
-    return device.lanes[device.link.tasks[extent.copy].lane]
+    return device.lanes[device.copies[extent.copy].lane]
 
 
 def holder_wait_ns(function: FunctionState, devices: Mapping[str, Device], waiting: Iterable[Waiting], now_ns: int) -> int:
@@ -182,7 +210,7 @@ def _wait_ns(function: FunctionState, device: Device, extent: Extent, now_ns: in
     if extent.copy and not _copier(device, extent).serving:
         return NEVER_NS
     busy_ns = device.free_in_ns(now_ns)
-    return max(busy_ns, device.link.swap_ns(extent.missing_bytes)) if extent.copy else busy_ns
+    return max(busy_ns, device.copies[extent.copy].link.swap_ns(extent.missing_bytes)) if extent.copy else busy_ns
 
 
 def _queued_ns(device: str, ahead: Sequence[FunctionState]) -> int:

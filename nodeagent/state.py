@@ -56,6 +56,7 @@ class NodeState:
             ev.ShareChanged: self._share_changed,
             ev.LaneUp: self._lane_up,
             ev.LaneLost: self._lane_lost,
+            ev.PeerUp: self._peer_up,
             ev.DeviceLost: self._device_lost,
             ev.DeviceUp: self._device_up,
             ev.Tick: self._tick,
@@ -231,6 +232,8 @@ class NodeState:
         request = lane.request if lane is not None else None
         if lane is None or request is None or request.number != event.request:
             return
+        if request.extent.copy and lane.device.copies[request.extent.copy].spoilt:
+            return  # The lane was told to end, and its batch is tried again when it has.
         function = request.function
         self._charge(lane, request, event.gpu_ns)
         if event.ok:
@@ -295,6 +298,13 @@ class NodeState:
             self._retire(function)
         self._reap_at_ns = min(self._reap_at_ns, now_ns + self.settings.lane_idle_ns)
 
+    def _peer_up(self, event: ev.PeerUp, now_ns: int) -> None:
+        lane, source = self.lanes.get(event.lane), self.devices[event.device]
+        if lane is not None and lane.device is not source and not source.lost and event.bytes_per_s > 0:
+            self.node.link_peer(source, lane.device, event.bytes_per_s)
+            lane.peers.add(event.device)
+            self.node.free(lane.device)
+
     def _device_lost(self, event: ev.DeviceLost, now_ns: int) -> None:
         device = self.devices[event.device]
         if device.lost:
@@ -303,6 +313,9 @@ class NodeState:
         device.held_for = None
         self._lost.append(device)
         self._pool.end_all(device, now_ns)
+        self._pool.end_those(self._swaps.readers_of(device), now_ns)
+        for lane in self.lanes.values():
+            lane.peers.discard(event.device)
         self._look_again(now_ns)
 
     def _device_up(self, event: ev.DeviceUp, now_ns: int) -> None:

@@ -95,18 +95,24 @@ class SimulatedNode:
         settings: Settings | None = None,
         timeline: Timeline | None = None,
         beside: Beside | None = None,
+        *,
+        peer_bytes_per_s: int = 0,
     ) -> None:
+        """With `peer_bytes_per_s` every two devices have a link of that speed, each way, that lanes find when they come up."""
         self.state = NodeState(devices, settings)
         self._timeline = timeline
         self._engine = engine
         self._times = times
         self._hardware = hardware
         self._beside = beside
-        self._bytes_per_s = {device.link or device.id: device.link_bytes_per_s for device in devices}
+        self._bytes_per_s: dict[str | tuple[str, str], int] = {device.link or device.id: device.link_bytes_per_s for device in devices}
         self._link_of = {device.id: device.link or device.id for device in devices}
+        self._peer_bytes_per_s = peer_bytes_per_s
+        if peer_bytes_per_s:
+            self._bytes_per_s |= {(source.id, target.id): peer_bytes_per_s for source in devices for target in devices if source is not target}
         self._link_free_ns = dict.fromkeys(self._bytes_per_s, 0)
         self._batches: dict[int, _Batch] = {}
-        self._copies: dict[int, tuple[str, int]] = {}
+        self._copies: dict[int, tuple[str | tuple[str, str], int]] = {}
         self._granted: dict[int, int] = {}
         self._tick_ns = NEVER_NS
         self._carry: dict[type[ev.Command], Callable[..., None]] = {
@@ -150,7 +156,14 @@ class SimulatedNode:
     # Lanes.
 
     def _start_lane(self, command: ev.StartLane) -> None:
-        self._engine.at(self._engine.now_ns + self._hardware.lane_start_ns, self.handle, ev.LaneUp(command.lane))
+        self._engine.at(self._engine.now_ns + self._hardware.lane_start_ns, self._lane_up, command)
+
+    def _lane_up(self, command: ev.StartLane) -> None:
+        self.handle(ev.LaneUp(command.lane))
+        if self._peer_bytes_per_s:
+            for device in self._link_of:
+                if device != command.device:
+                    self.handle(ev.PeerUp(command.lane, device, self._peer_bytes_per_s))
 
     def _stop_lane(self, command: ev.StopLane) -> None:
         self._engine.at(self._engine.now_ns, self.handle, ev.LaneLost(command.lane))
@@ -228,7 +241,8 @@ class SimulatedNode:
     def _copy(self, command: ev.Copy) -> None:
         lane = self.state.lanes[command.lane]
         total = self.state.functions[command.function].spec.weight_bytes
-        self._copies[command.copy] = (self._link_of[lane.device.spec.id], total)
+        device = lane.device.spec.id
+        self._copies[command.copy] = ((command.source, device) if command.source else self._link_of[device], total)
         self._granted[command.copy] = 0
         self._move(command.copy, command.until_bytes, self._hardware.copy_start_ns)
 
@@ -246,7 +260,7 @@ class SimulatedNode:
         self._link_free_ns[link] = begin_ns + nbytes * S // self._bytes_per_s[link]
         self._engine.at(self._link_free_ns[link], self._moved, copy, until_bytes)
         if self._timeline is not None:
-            self._timeline.span("links", link, f"copy {copy}", begin_ns, self._link_free_ns[link])
+            self._timeline.span("links", link if isinstance(link, str) else " to ".join(link), f"copy {copy}", begin_ns, self._link_free_ns[link])
 
     def _moved(self, copy: int, copied_bytes: int) -> None:
         _, total = self._copies[copy]

@@ -230,6 +230,10 @@ class Agent:
         """Weights have arrived (`LaneOwner`)."""
         self.handle(events.CopyProgress(message.copy, message.copied_bytes))
 
+    def peer_up(self, lane: Lane, device: str, bytes_per_s: int) -> None:
+        """A lane can copy from another device's memory (`LaneOwner`)."""
+        self.handle(events.PeerUp(lane.spec.lane, device, bytes_per_s))
+
     def attach_failed(self, entry: Entry, error: str) -> None:
         """A lane cannot make its module, so no lane can (`LaneOwner`)."""
         self._functions.break_off(entry, ExecutionError(error))

@@ -27,10 +27,13 @@ from contracts.wire import (
     FromLaneCopy,
     FromLaneRun,
     LaneReady,
+    MapPeer,
     MapSegment,
     Message,
+    PeerMapped,
     Resume,
     Run,
+    UnmapPeer,
     UnmapSegment,
 )
 from nodeagent import events
@@ -58,12 +61,18 @@ class LaneOwner(Protocol):
     def unpinned(self, lane: Lane, entry: Entry) -> None:
         """It copies the function's weights slowly."""
 
+    def peer_up(self, lane: Lane, device: str, bytes_per_s: int) -> None:
+        """It can copy weights from another device's memory."""
+
 
 class LaneKeeper(Protocol):
     """Who sees to a lane's beginning and end."""
 
     def lane_proved(self, lane: Lane) -> None:
         """It has proved its SM cap."""
+
+    def peer_mapped(self, lane: Lane, message: PeerMapped) -> None:
+        """It has tried to map another device's slab."""
 
     def lane_closed(self, lane: Lane, error: Exception | None) -> None:
         """A channel has ended, or the lane broke the protocol."""
@@ -82,6 +91,7 @@ class Lane:
         "_copies",
         "_copy",
         "_keeper",
+        "_mapping",
         "_outbox",
         "_owner",
         "_page",
@@ -123,6 +133,7 @@ class Lane:
         self._unpinned: set[str] = set()
         self._ahead: deque[Entry] = deque()
         self._retired: set[str] = set()
+        self._mapping: deque[str] = deque()
         self._segments: set[int] = set()
         self._copies: dict[int, tuple[Entry, int]] = {}
         self._run: AsyncChannel
@@ -208,7 +219,25 @@ class Lane:
         if self.state != "ending":
             self._attach(entry)
             self._copies[command.copy] = (entry, 0)
-            self._outbox.add(self._copy, Copy(command.copy, entry.lane_name, command.offset, command.until_bytes))
+            copy = Copy(command.copy, entry.lane_name, command.offset, command.until_bytes, command.source, command.source_offset)
+            self._outbox.add(self._copy, copy)
+
+    @property
+    def mapping(self) -> list[str]:
+        """The devices whose slabs it was told to map and has not answered for."""
+        return [device for device in self._mapping if device]
+
+    def map_peer(self, slab: MapPeer, fd: int) -> None:
+        """Offers another device's slab."""
+        if self.state != "ending":
+            self._mapping.append(slab.device)
+            self._outbox.add(self._copy, slab, fd)
+
+    def unmap_peer(self, device: str) -> None:
+        """Takes it back; an answer that is still to come is of no more use."""
+        if self.state != "ending":
+            self._mapping = deque("" if mapping == device else mapping for mapping in self._mapping)
+            self._outbox.add(self._copy, UnmapPeer(device))
 
     def grant(self, command: events.CopyGrant) -> None:
         """The copy may go on."""
@@ -288,6 +317,12 @@ class Lane:
             self._on_progress(message)
         elif isinstance(message, Attached):
             self._on_attached(message)
+        elif isinstance(message, PeerMapped):
+            asked = self._mapping.popleft() if self._mapping else None
+            if asked is None or asked not in ("", message.device):
+                self.close(ProtocolError(f"lane {self.spec.lane} speaks of memory of {message.device}, which it was not told to map"))
+            elif asked:
+                self._keeper.peer_mapped(self, message)
 
     def _on_attached(self, message: Attached) -> None:
         entry = self._attaching.pop(message.function, None)

@@ -16,12 +16,14 @@ from typing import Protocol
 
 from contracts.errors import ProtocolError, Unavailable
 from contracts.lane_page import LanePage
+from contracts.wire import PeerMapped
 from nodeagent.events import StartLane
 from nodeagent.shell.backends import Backend
 from nodeagent.shell.forkserver import ForkServer
 from nodeagent.shell.lane import Lane, LaneOwner
 from nodeagent.shell.options import Options
 from nodeagent.shell.outbox import Outbox
+from nodeagent.shell.peer_slabs import PeerSlabs
 from nodeagent.shell.slabs import Slab
 
 _log = logging.getLogger(__name__)
@@ -63,6 +65,7 @@ class Lanes:
         self._ended = asyncio.Condition()
         self._failures: Counter[tuple[str, int]] = Counter()
         self._lost: set[str] = set()
+        self._peer_slabs = PeerSlabs(slabs)
         self._fork_server = ForkServer(options.worker_command)
         for slab in slabs.values():
             slab.watch(self)
@@ -92,7 +95,7 @@ class Lanes:
         if ending.spec.device in self._lost:
             ending.close(Unavailable("its device is lost") if ending.at_work else None)
         elif ending.at_work:
-            self._keep(self._break_off(ending, Unavailable("its batch hangs")))
+            self._keep(self._break_off(ending, Unavailable("its batch or its copy hangs, or it copies from memory that is lost")))
         else:
             ending.close()
 
@@ -113,11 +116,19 @@ class Lanes:
         """It serves (`LaneKeeper`)."""
         self._deadlines.pop(lane.spec.lane).cancel()
         del self._failures[lane.spec.device, lane.spec.sm_percent]
+        self._peer_slabs.lane_up(lane)
         self._owner.lane_up(lane)
+
+    def peer_mapped(self, lane: Lane, message: PeerMapped) -> None:
+        """It has tried to map another device's slab (`LaneKeeper`)."""
+        if self._peer_slabs.mapped(lane, message):
+            self._owner.peer_up(lane, message.device, message.bytes_per_s)
 
     def lane_closed(self, lane: Lane, error: Exception | None) -> None:
         """Its channels are closed; its process follows (`LaneKeeper`)."""
         spec = lane.spec
+        if error is not None or spec.device not in self._lost:
+            self._peer_slabs.lane_closed(lane)
         deadline = self._deadlines.pop(spec.lane, None)
         if deadline is not None:
             deadline.cancel()
@@ -132,6 +143,7 @@ class Lanes:
     def slab_lost(self, device: str) -> None:
         """The state ends its lanes (`SlabOwner`)."""
         self._lost.add(device)
+        self._peer_slabs.slab_lost(device, self)
         self._owner.device_lost(device)
 
     async def lanes_gone(self, device: str) -> None:
@@ -144,6 +156,7 @@ class Lanes:
         self._lost.discard(device)
         for key in [key for key in self._failures if key[0] == device]:
             del self._failures[key]
+        self._peer_slabs.slab_up(device, self)
         self._owner.device_up(device)
 
     def _keep(self, work: Coroutine[None, None, None]) -> None:

@@ -41,6 +41,7 @@ def _device(device: Device, lanes: Lanes, slab: Slab) -> DeviceStatus:
         state="lost" if device.lost else "up",
         backend=slab.backend,
         why=slab.why,
+        peer_swaps=device.peer_swaps,
     )
 
 

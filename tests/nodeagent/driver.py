@@ -7,10 +7,14 @@ from contracts.units import MS, S
 from nodeagent import events as ev
 from nodeagent.settings import DeviceSpec, Settings
 from nodeagent.state import NodeState
+from tests.nodeagent.slabs import Slabs
 
 
 class Driver:
-    """Keeps what the lanes would know: which are up, what they run, which copies they make and how far they may go."""
+    """Keeps what the lanes would know: which are up, what they run, which copies they make and how far they may go.
+
+    Lanes that come up find a way of `peer_bytes_per_s` from each other device's memory, none with 0.
+    """
 
     def __init__(self, devices: int = 1, capacity: int = 100 << 20, settings: Settings | None = None, *, exclusive: bool = False) -> None:
         self.state = NodeState([DeviceSpec(f"cpu:{n}", capacity, exclusive=exclusive) for n in range(devices)], settings)
@@ -24,6 +28,8 @@ class Driver:
         self.copied: dict[int, int] = {}
         self.moved_ns: dict[int, int] = {}
         self.outcomes: dict[int, ev.Answer | ev.Reject] = {}
+        self.slabs = Slabs()
+        self.peer_bytes_per_s = 0
         self.accepted: set[int] = set()
         self.history: list[ev.Command] = []
 
@@ -53,7 +59,8 @@ class Driver:
                 lane = self.state.lanes[command.lane]
                 hung = lane.active and self.now_ns - lane.since_ns >= self.state.settings.hang_ns
                 idle = lane.request is None and not self._copies_of(command.lane)
-                assert idle or hung or self._stands_still(command.lane) or lane.device.lost, "idle, or hung, or its device is lost"
+                lost = lane.device.lost or self._reads_lost(command.lane)
+                assert idle or hung or self._stands_still(command.lane) or lost, "idle, or hung, or its device is lost, or one that it reads"
                 self.up.pop(command.lane, None)
                 self.running.pop(command.lane, None)
                 self.paused.pop(command.lane, None)
@@ -71,6 +78,7 @@ class Driver:
             case ev.Copy():
                 self.copies[command.copy] = (command.lane, command.until_bytes)
                 self.copied[command.copy] = 0
+                self.slabs.begin(command, self.state.lanes[command.lane].device.spec.id, self.state.functions[command.function].spec.weight_bytes)
                 self.moved_ns[command.copy] = self.now_ns
             case ev.CopyGrant():
                 assert command.until_bytes > self.copies[command.copy][1], "a grant goes forward"
@@ -95,6 +103,9 @@ class Driver:
             self.copied[copy] < self.copies[copy][1] and self.now_ns - self.moved_ns[copy] >= self.state.settings.hang_ns
             for copy in self._copies_of(lane)
         )
+
+    def _reads_lost(self, lane: int) -> bool:
+        return any(reader == lane and self.state.devices[read.device].lost for reader, read in self.slabs.reads.values())
 
     def declare(self, name: str, **options: object) -> ev.FunctionSpec:
         """A function with small defaults; `share` is (sm, quota percent[, limit percent])."""
@@ -125,8 +136,15 @@ class Driver:
             if command.device:
                 self.up[lane] = command
                 self.send(ev.LaneUp(lane))
+                self.find_peers(lane)
             else:
                 self.lose(lane)
+
+    def find_peers(self, lane: int) -> None:
+        """A lane proves that it reads what the other devices have."""
+        for device in self.state.devices.values() if self.peer_bytes_per_s else ():
+            if lane in self.up and device.spec.id != self.up[lane].device and not device.lost:
+                self.send(ev.PeerUp(lane, device.spec.id, self.peer_bytes_per_s))
 
     def copy_on(self, copy: int, nbytes: int | None = None) -> None:
         """A copy moves as far as it may."""
@@ -134,6 +152,9 @@ class Driver:
         assert lane in self.up
         self.copied[copy] = min(until, self.copied[copy] + nbytes) if nbytes else until
         self.moved_ns[copy] = self.now_ns
+        extents = (extent for device in self.state.devices.values() for extent in device.memory.extents.values())
+        if any(extent.copy == copy and extent.nbytes == self.copied[copy] for extent in extents):
+            self.slabs.complete(copy)
         self.send(ev.CopyProgress(copy, self.copied[copy]))
 
     def copy_all(self) -> None:
@@ -161,7 +182,13 @@ class Driver:
         self.preempted.discard(lane)
         for copy in [copy for copy, (owner, _) in self.copies.items() if owner == lane]:
             del self.copies[copy], self.copied[copy]
+            self.slabs.abandon(copy)
         return self.send(ev.LaneLost(lane))
+
+    def lose_device(self, device: str) -> list[ev.Command]:
+        """A device's memory goes."""
+        self.slabs.forget(device)
+        return self.send(ev.DeviceLost(device))
 
     def bring_back(self, device: str) -> None:
         """A lost device is up again, once its old lanes have gone."""
@@ -169,7 +196,10 @@ class Driver:
         if found.lost:
             for lane in list(found.lanes):
                 self.lose(lane)
+            self.slabs.renew(device)
             self.send(ev.DeviceUp(device))
+            for lane in list(self.up):
+                self.find_peers(lane)
 
     def drain(self, step_ns: int = 5 * MS, steps: int = 20_000) -> None:
         """Lets everything that was accepted come to its end."""

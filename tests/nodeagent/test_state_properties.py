@@ -25,6 +25,7 @@ class History:
         self.chance = chance
         settings = Settings(chunk_bytes=MIB, chunk_ns=0, max_lanes_per_device=4, hang_ns=2 * S)
         self.driver = Driver(devices, 64 * MIB, settings, exclusive=chance.random() < 0.2)
+        self.driver.peer_bytes_per_s = chance.choice((0, S, 50 * S, 50 * S))
         self.names: list[str] = []
         self.requests = 0
         self.generations = 0
@@ -111,7 +112,7 @@ class History:
             self.driver.lose(self.chance.choice(sorted(self.driver.up)))
 
     def lose_device(self) -> None:
-        self.driver.send(ev.DeviceLost(self.chance.choice(sorted(self.driver.state.devices))))
+        self.driver.lose_device(self.chance.choice(sorted(self.driver.state.devices)))
 
     def bring_back(self) -> None:
         self.driver.bring_back(self.chance.choice(sorted(self.driver.state.devices)))
