@@ -74,24 +74,46 @@ class Client:
             await asyncio.wait_for(self._process.wait(), _DEATH_S)
 
 
+class Kept:
+    """A client without MPS that one question leaves to the next: most of a question's time is torch's start."""
+
+    def __init__(self) -> None:
+        self.client: Client | None = None
+
+    async def end(self) -> None:
+        """Ends it: whoever asks next has a new one."""
+        client, self.client = self.client, None
+        if client is not None:
+            await client.end()
+
+
 @dataclass(frozen=True, slots=True)
 class Stand:
-    """The GPU that is asked, and what is started there. What is started ends with `stack`."""
+    """The GPU that is asked, and what is started there. What is started ends with `stack`, but for the client that is kept."""
 
     gpu: Gpu
     stack: contextlib.AsyncExitStack
+    kept: Kept
     control: tuple[str, ...] = ("nvidia-cuda-mps-control",)
     program: tuple[str, ...] = (_PYTHON, "-m", "benchmarks.gpu_parts.fact_client")
     holder: tuple[str, ...] = (_PYTHON, "-m", "predictor.worker.devices.holder")
 
+    async def plain(self) -> Client:
+        """The client that is kept."""
+        if self.kept.client is None:
+            self.kept.client = await self._start({}, "quota", 0, 0)
+        return self.kept.client
+
     async def client(self, environment: Mapping[str, str] | None = None, backend: str = "quota", first: int = 0, sms: int = 0) -> Client:
-        """A process; it is opening the GPU when this returns."""
-        pipe = asyncio.subprocess.PIPE
-        seen = {**os.environ, "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": self.gpu.uuid, **(environment or {})}
-        process = await asyncio.create_subprocess_exec(*self.program, backend, str(first), str(sms), stdin=pipe, stdout=pipe, env=seen)
-        client = Client(process)
+        """A new one; it is opening the GPU when this returns."""
+        client = await self._start(environment or {}, backend, first, sms)
         self.stack.push_async_callback(client.end)
         return client
+
+    async def _start(self, environment: Mapping[str, str], backend: str, first: int, sms: int) -> Client:
+        pipe = asyncio.subprocess.PIPE
+        seen = {**os.environ, "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": self.gpu.uuid, **environment}
+        return Client(await asyncio.create_subprocess_exec(*self.program, backend, str(first), str(sms), stdin=pipe, stdout=pipe, env=seen))
 
     async def daemon(self) -> MpsDaemon:
         """A private MPS daemon that is ready."""
@@ -115,7 +137,7 @@ class Stand:
 async def start(stand: Stand) -> Answer:
     """What the device is, and how long a process takes to be ready there."""
     begun = time.monotonic()
-    client = await stand.client()
+    client = await stand.plain()
     says: Answer = await client.ask("says")
     ready_s = time.monotonic() - begun
     return says | {"ready_s": ready_s, "libraries_s": await client.ask("warm"), "occupancy_ms": await client.ask("occupy") / MS}
@@ -123,31 +145,31 @@ async def start(stand: Stand) -> Answer:
 
 async def pinning(stand: Stand) -> Answer:
     """Whether memory that is mapped read only can be pinned, and what pinning costs."""
-    found: Answer = await (await stand.client()).ask("pin", _BYTES)
+    found: Answer = await (await stand.plain()).ask("pin", _BYTES)
     return found
 
 
 async def copies_while_pinning(stand: Stand) -> Answer:
     """What copies lose while other memory is pinned."""
-    found: Answer = await (await stand.client()).ask("copy_while_pinning", _BYTES)
+    found: Answer = await (await stand.plain()).ask("copy_while_pinning", _BYTES)
     return found
 
 
 async def pieces(stand: Stand) -> Answer:
     """From which size on a piece is copied as fast as it gets."""
-    found: Answer = await (await stand.client()).ask("pieces", _BYTES // 4)
+    found: Answer = await (await stand.plain()).ask("pieces", _BYTES // 4)
     return found
 
 
 async def waiting(stand: Stand) -> Answer:
     """Sleeping or spinning at the end of a batch."""
-    found: Answer = await (await stand.client()).ask("wait", MIB // 4)
+    found: Answer = await (await stand.plain()).ask("wait", MIB // 4)
     return found
 
 
 async def recording(stand: Stand) -> Answer:
     """How long the recording of a graph holds up a request."""
-    client = await stand.client()
+    client = await stand.plain()
     found = {source: await client.ask("record", f"{source}?seed=1") for source in ("resnet50", "bert-base")}
     return {f"{source}_{key}": value for source, one in found.items() for key, value in one.items()}
 
@@ -159,7 +181,7 @@ async def green(stand: Stand) -> Answer:
 
 async def green_graphs(stand: Stand) -> Answer:
     """Whether a graph that was recorded on a green context's stream keeps to its SMs: as slow as its eager run, and not as fast as the device."""
-    whole, half = await stand.client(), await _green_client(stand, {}, _HALF)
+    whole, half = await stand.plain(), await _green_client(stand, {}, _HALF)
     found = {"whole": await whole.ask("graph", 7), "half": await half.ask("graph", 7)}
     return {f"{name}_{key}": value for name, one in found.items() for key, value in one.items()}
 
@@ -197,7 +219,7 @@ async def together(stand: Stand) -> Answer:
     daemon = await stand.daemon()
     halves = [await stand.client(stand.share(daemon, _HALF)) for _ in range(2)]
     under = await _beside(halves)
-    return {"mps_times_longer": under, "no_mps_times_longer": await _beside([await stand.client() for _ in range(2)])}
+    return {"mps_times_longer": under, "no_mps_times_longer": await _beside([await stand.plain(), await stand.client()])}
 
 
 async def mps_green(stand: Stand) -> Answer:
@@ -275,7 +297,7 @@ async def _green_client(stand: Stand, environment: Mapping[str, str], percent: i
 
 
 async def _green(stand: Stand, environment: Mapping[str, str], percents: tuple[int, ...]) -> Answer:
-    whole = await stand.client(environment)
+    whole = await stand.client(environment) if environment else await stand.plain()
     limits = backends.choose(stand.gpu, "", "green")
     possible = [percent for percent in percents if limits.refusal(percent) is None]
     clients = {percent: await _green_client(stand, environment, percent) for percent in possible}

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_parts.fact_questions import QUESTIONS, Answer, Stand
+from benchmarks.gpu_parts.fact_questions import QUESTIONS, Answer, Kept, Stand
 from benchmarks.result import machine, versions
 from contracts.errors import SluiceError
 from nodeagent.shell.gpus import GPUS_COMMAND, Gpu, find_gpu
@@ -28,19 +28,23 @@ _LIMITS = {question.__name__: (question, seconds) for question, seconds in QUEST
 async def ask(gpu: Gpu, names: Sequence[str], **commands: tuple[str, ...]) -> dict[str, Answer]:
     """The answers by name; of one that was not answered, {"failed": reason}. `seconds` is what it took in either case."""
     found: dict[str, Answer] = {}
+    kept = Kept()
     for name in names:
         began = time.monotonic()
-        found[name] = await _ask(gpu, name, commands)
+        found[name] = await _ask(gpu, name, kept, commands)
+        if "failed" in found[name]:
+            await kept.end()
         found[name]["seconds"] = time.monotonic() - began
         print(f"{name}: {', '.join(f'{key} {_shown(value)}' for key, value in found[name].items())}", flush=True)
+    await kept.end()
     return found
 
 
-async def _ask(gpu: Gpu, name: str, commands: Mapping[str, tuple[str, ...]]) -> Answer:
+async def _ask(gpu: Gpu, name: str, kept: Kept, commands: Mapping[str, tuple[str, ...]]) -> Answer:
     question, seconds = _LIMITS[name]
     try:
         async with asyncio.timeout(seconds), contextlib.AsyncExitStack() as stack:
-            return await question(Stand(gpu, stack, **commands))
+            return await question(Stand(gpu, stack, kept, **commands))
     except TimeoutError:
         return {"failed": f"no answer within {seconds:g} s"}
     except SluiceError as error:

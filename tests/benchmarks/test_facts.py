@@ -16,6 +16,7 @@ from tests.fakes import gpu
 from tests.nodeagent.node import REPOSITORY
 from tests.predictor.worker.fake_cuda import FakeCuda
 
+pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 FAKE = Gpu(gpu.uuid(0), "Fake H100", gpu.SMS, (9, 0), gpu.TOTAL_BYTES, 13000, "ffff:00:00.0")
 COMMANDS = {
     "control": (sys.executable, "-S", str(REPOSITORY / "tests" / "fakes" / "mps_control.py")),
@@ -67,7 +68,7 @@ def test_what_fails_or_hangs_says_why_and_stops_no_other(monkeypatch: pytest.Mon
         return {}
 
     async def fails(stand: fact_questions.Stand) -> fact_questions.Answer:
-        return dict(await (await stand.client()).ask("no_such_verb"))
+        return dict(await (await stand.plain()).ask("no_such_verb"))
 
     monkeypatch.setattr(facts, "_LIMITS", {"hangs": (hangs, 0.1), "fails": (fails, 60.0), "green": (fact_questions.green, 60.0)})
     found = asked("hangs", "fails", "green")
