@@ -15,6 +15,7 @@ from contracts.channel import Channel
 from contracts.errors import Unavailable
 from contracts.units import MIB
 from contracts.wire import Hold, SlabReady
+from predictor.worker.devices import seal
 from predictor.worker.devices.holder import link_speed, take
 from tests.predictor.worker.conftest import PATIENCE_S, ROOT
 from tests.predictor.worker.fake_cuda import SMS, FakeCuda
@@ -63,6 +64,18 @@ def test_a_slab_is_held_measured_and_lent_until_the_channel_ends(start: Start) -
     assert process.poll() is None
     channel.close()
     assert process.wait(PATIENCE_S) == 0
+
+
+def test_behind_a_slab_that_others_read_lies_the_seal_that_was_asked_for(start: Start) -> None:
+    _, channel = start(Hold("cuda:0", 4 * MIB, 0, seal=5))
+    slab = slab_of(channel)
+    assert slab.nbytes == 4 * MIB
+    driver = FakeCuda()
+    memory = driver.open_peer(slab.handle, slab.nbytes + seal.BYTES)
+    assert seal.read(driver, memory[slab.nbytes :], 5) > 0
+    with pytest.raises(Unavailable, match="cannot be trusted"):
+        seal.read(driver, memory[slab.nbytes :], 6)
+    driver.close()
 
 
 @pytest.mark.parametrize("hold", [Hold("cuda:0", 2 << 30, 0), Hold("cuda:0", 0, 2 << 30)], ids=["more than is free", "a reserve above what is free"])
