@@ -149,6 +149,7 @@ class Baselines:
             self._models = list(pool.map(lambda function: _Model(function, store, self._device, programs), fleet.functions))
         self._inputs = {kind.name: [self._device.tensors(part) for part in inputs(kind)] for kind in set(fleet.kinds.values())}
         self._references: list[list[Outputs]] = []
+        self._caches: dict[str, Cache] = {}
 
     def refer(self) -> list[list[Outputs]]:
         """Of each function the answers to its kind's inputs, each model alone on the device; one of each kind is made anew from its seed, too."""
@@ -169,7 +170,7 @@ class Baselines:
         """The same arrivals as Sluice's, served one after another; broken off once too many functions are out of their SLO."""
         requests = arrivals(functions, rate, span_s, seed)
         keeper = Keeper(self._fleet, functions, requests)
-        cache = Cache(self._device, self._models, capacity_bytes, keep=policy == KEEP_ALIVE)
+        cache = self._cache(policy, capacity_bytes)
         point = Point(functions, rate)
         begun = time.monotonic()
         colds: dict[int, bool] = {}
@@ -188,6 +189,15 @@ class Baselines:
                 break
         point.out, point.broken_off = keeper.out, not keeper.holds
         return point
+
+    def _cache(self, policy: str, capacity_bytes: int) -> Cache:
+        """One for each policy, as full as it gets: no point begins with what only the first requests would pay for."""
+        if policy not in self._caches:
+            self._caches[policy] = cache = Cache(self._device, self._models, capacity_bytes, keep=policy == KEEP_ALIVE)
+            for number in range(len(self._models)):
+                cache.fetch(number, None)
+                cache.run(number, self._given(number)[0])
+        return self._caches[policy]
 
     def _given(self, number: int) -> list[dict[str, torch.Tensor]]:
         return self._inputs[self._fleet.kinds[self._fleet.functions[number].name].name]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from benchmarks.gpu_parts.answers import WRONG, Outputs, compare
 from benchmarks.node_parts.node import Node, catalogued
 from contracts.errors import SluiceError
 from contracts.functions import Function, Share
@@ -32,7 +33,7 @@ class Churned:
 
 async def measure(node: Node, sources: Sequence[str], seconds: float, used_bytes: Callable[[], int], seed: int) -> Churned:
     """For so long; the memory is read when all functions of its part of the time have gone."""
-    first: dict[str, bytes] = {}
+    first: dict[str, Outputs] = {}
     early = await _phase(node, sources, _WARM_UP * seconds, first, seed)
     bytes_early = used_bytes()
     late = await _phase(node, sources, (1 - _WARM_UP) * seconds, first, seed + 1)
@@ -40,7 +41,7 @@ async def measure(node: Node, sources: Sequence[str], seconds: float, used_bytes
     return Churned(answers, wrong, failed, bytes_early, used_bytes())
 
 
-async def _phase(node: Node, sources: Sequence[str], seconds: float, first: dict[str, bytes], seed: int) -> list[int]:
+async def _phase(node: Node, sources: Sequence[str], seconds: float, first: dict[str, Outputs], seed: int) -> list[int]:
     """Answers, wrong ones, failed requests."""
     until_s = time.monotonic() + seconds
     counts = await asyncio.gather(*(_work(node, sources, until_s, first, random.Random(f"{seed} {number}"), number) for number in range(_WORKERS)))
@@ -48,7 +49,7 @@ async def _phase(node: Node, sources: Sequence[str], seconds: float, first: dict
 
 
 async def _work(
-    node: Node, sources: Sequence[str], until_s: float, first: dict[str, bytes], chance: random.Random, number: int
+    node: Node, sources: Sequence[str], until_s: float, first: dict[str, Outputs], chance: random.Random, number: int
 ) -> tuple[int, int, int]:
     answers = wrong = failed = turn = 0
     while time.monotonic() < until_s:
@@ -66,6 +67,5 @@ async def _work(
                     failed += 1
                     continue
                 answers += 1
-                got = b"".join(array.tobytes() for array in reply.outputs[0].values())
-                wrong += got != first.setdefault(source, got)
+                wrong += compare(reply.outputs[0], first.setdefault(source, reply.outputs[0])) == WRONG
     return answers, wrong, failed

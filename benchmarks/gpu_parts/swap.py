@@ -5,6 +5,7 @@ The device holds the largest model and no other beside it, so that calling that 
 
 from __future__ import annotations
 
+import asyncio
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from models.samples import sample_inputs
 from predictor.segment import Array
 
 _WARM_RUNS = 20
+_IDLE_MOMENTS = 4
+_IDLE_S = 0.5
 _TABLE_BYTES = 512 * MIB
 _WORD_BYTES = 4 * 128
 
@@ -64,6 +67,18 @@ async def measure(node: Node, sources: Mapping[str, str], largest: str, turns: i
                     run[name].append(reply.answer.run_ns / MS)
         nbytes = {name: (await node.function(function.key)).weight_bytes for name, function in functions.items()}
     return {name: Swapped(nbytes[name], *(statistics.median(found[name]) for found in (cold, warm, run))) for name in functions if cold[name]}
+
+
+async def resident_ms(node: Node, source: str) -> float:
+    """The GPU time of a warm run of a model that has had idle moments enough to be recorded as a graph, in ms."""
+    function = Function("resident", catalogued(source))
+    part = _part(function)
+    run_ms: list[float] = []
+    async with node.serving(function):
+        for _ in range(_IDLE_MOMENTS):
+            run_ms = [(await node.caller.call(function.key, part)).answer.run_ns / MS for _ in range(_WARM_RUNS)]
+            await asyncio.sleep(_IDLE_S)
+    return statistics.median(run_ms)
 
 
 def _part(function: Function) -> dict[str, Array]:
