@@ -20,6 +20,8 @@ from models.load import load
 from models.store_writer import write
 from tests.predictor.worker.conftest import PATIENCE_S, ROOT, Arrays, ForkServer, LaneEnd, Stored, rows_of
 
+SEAL = 7
+
 
 @pytest.fixture(scope="session", autouse=True)
 def gpu() -> None:
@@ -37,7 +39,7 @@ def slab(gpu: None) -> Iterator[SlabReady]:
     process = subprocess.Popen([sys.executable, "-m", "predictor.worker.devices.holder"], stdin=theirs, cwd=ROOT)
     theirs.close()
     channel = Channel(ours, SlabReady)
-    channel.send(Hold("cuda:0", 2 * GIB, 0))
+    channel.send(Hold("cuda:0", 2 * GIB, 0, seal=SEAL))
     received = channel.receive()
     assert received is not None
     assert isinstance(received[0], SlabReady)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import select
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 from contracts.functions import FunctionClass
 from contracts.units import MIB
-from contracts.wire import BatchDone, BatchPaused, CopyGrant, Detach, Resume, SlabReady
+from contracts.wire import BatchDone, BatchPaused, Copy, CopyGrant, Detach, MapPeer, PeerMapped, Resume, SlabReady
+from tests.gpu.worker.conftest import SEAL
 
 if TYPE_CHECKING:
     from tests.predictor.worker.conftest import LaneEnd, Stored
@@ -61,6 +64,32 @@ def test_cold_warm_and_recorded_answers_are_those_of_the_unswapped_model(start: 
             if turn == 1:
                 # The second run at one place: now the graph is recorded that the others replay.
                 let_idle(lane, 0.5)
+
+
+def test_weights_come_from_a_slab_by_its_handle_once_its_seal_was_read(start: Start, slab: SlabReady, stored: Store, inputs: Inputs) -> None:
+    """One GPU stands for two here: the way is that of a peer's slab, but for the link."""
+    model = stored("resnet50?seed=3")
+    total = model.index.total_bytes
+    holder, reader = start(), start()
+    holder.load("f", model, 0)
+    memory = reader.map()
+    reader.attach("f", model)
+    peer = MapPeer("cuda:1", slab.nbytes, 0, slab.handle, SEAL)
+    with open(os.devnull, "rb") as null:
+        reader.copies.send(msgspec.structs.replace(peer, seal=SEAL + 1), [null.fileno()])
+        refused = reader.next_copy()
+        reader.copies.send(peer, [null.fileno()])
+        mapped = reader.next_copy()
+    assert isinstance(refused, PeerMapped)
+    assert "cannot be trusted" in refused.error
+    assert isinstance(mapped, PeerMapped)
+    assert mapped.error == ""
+    assert mapped.bytes_per_s > 0
+    arrays = inputs(model, 2, 1)
+    reader.copies.send(Copy(1, "f", 512 * MIB, total, "cuda:1", 0))
+    batch = reader.batch("f", model, [arrays], memory, 512 * MIB, copy=1)
+    assert reader.answer(batch).error is None
+    assert batch.gives(model.reference(arrays))
 
 
 def test_two_lanes_share_one_slab(start: Start, stored: Store, inputs: Inputs) -> None:
