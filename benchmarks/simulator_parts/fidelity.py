@@ -1,9 +1,11 @@
 """Fidelity: one scenario run for real on the CPU device and simulated with its measured profile, under the very same arrivals.
 
 Six functions of the catalogue share a device that holds less than all their weights, so that they are swapped in all the time. What the simulator is
-told was measured before: run times by a sweep of the profiler, and by single requests through HTTP, before and after the run, what lies around a run
-and what it costs to be cold. The whole of it can be simulated again: `sluice simulate benchmarks/results/fidelity/scenario.yaml --against
-benchmarks/results/fidelity/real.json`.
+told was measured beside it: run times by a sweep of the profiler, and by single requests through HTTP what lies around a run and what it costs to be
+cold. A shared machine's speed moves by a fifth within minutes, which no simulator can know. So the run is cut into parts, single requests are sent
+before, between and after them, and the simulator is told what these met on average; no request of the run itself is looked at for that. A pause
+leaves the weights on the device that lay there, though not their order of use; the simulated run knows no pauses. The whole of it can be simulated
+again: `sluice simulate benchmarks/results/fidelity/scenario.yaml --against benchmarks/results/fidelity/real.json`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,17 +78,18 @@ _LOADS = {
 
 @dataclass(frozen=True, slots=True)
 class _Size:
-    """How long it all takes."""
+    """How long it all takes: the run with its warm-up, in how many `parts`; a round of single requests has `singles` of each function."""
 
     span_s: float
     warm_up_s: float
+    parts: int
     singles: int
     handover_s: float
     sampling: Sampling
 
 
-_FULL = _Size(span_s=120, warm_up_s=10, singles=30, handover_s=5, sampling=Sampling(spread=0.02, enough=100, seconds=1, most_seconds=2))
-_QUICK = _Size(span_s=20, warm_up_s=2, singles=6, handover_s=1, sampling=Sampling(spread=0.05, seconds=0.3, most_seconds=0.6))
+_FULL = _Size(span_s=120, warm_up_s=10, parts=4, singles=12, handover_s=5, sampling=Sampling(spread=0.02, enough=100, seconds=1, most_seconds=2))
+_QUICK = _Size(span_s=20, warm_up_s=2, parts=2, singles=2, handover_s=1, sampling=Sampling(spread=0.05, seconds=0.3, most_seconds=0.6))
 
 
 def measure(quick: bool) -> dict[str, Metric]:
@@ -106,15 +109,15 @@ def _run(folder: Path, size: _Size) -> dict[str, Metric]:
         handover_ms = _handover_ms(session, functions[-2:], size.handover_s)
     points, requests = read(table), {function.name: Request.of(function, _row(function)) for function in functions}
     with serving(functions, *_NODE) as node:
-        before = _singles(node, requests, points, size.singles)
-    known = _Calibration.of(points, before, handover_ms)
+        rounds = [_singles(node, requests, points, size.singles)]
+    known = _Calibration.of(points, rounds[0], handover_ms)
     per_minute = {name: round(60e3 * each.busy / known.run_ms[name], 1) for name, each in _LOADS.items()}
     # A new node, for the simulated one begins with an empty device too: what lies where decides what is evicted for what.
     with serving(functions, *_NODE) as node:
-        real = _real(node, _world(folder, size, points, known, per_minute), requests)
-        after = _singles(node, requests, points, size.singles)
+        world = _world(folder, size, points, known, per_minute)
+        real = _real(node, world, requests, size.parts, lambda: rounds.append(_pause(node, requests, points, size.singles)))
     (folder / "real.json").write_bytes(against.encode(real))
-    known = _Calibration.of(points, {name: before[name] + after[name] for name in before}, handover_ms)
+    known = _Calibration.of(points, {name: [reply for each in rounds for reply in each[name]] for name in requests}, handover_ms)
     world = _world(folder, size, points, known, per_minute)
     outcome = simulate("sluice", world)
     figures = report.figures(world, outcome)
@@ -122,7 +125,7 @@ def _run(folder: Path, size: _Size) -> dict[str, Metric]:
     beside = statistics.fmean(point.beside_load for point in points.points)
     return _metrics(lines, real, known) | {
         "fidelity_cold": Metric(figures["cold_percent"], "% of requests, simulated"),
-        "fidelity_machine_drift": Metric(100 * _drift(before, after), "% slower after the run than before"),
+        "fidelity_machine_drift": Metric(100 * _drift(rounds), "% slower in the slowest round of single requests than in the fastest"),
         "fidelity_machine_quiet": Metric(float(not real.beside), "1: nothing else used the machine", 1, "higher"),
         "fidelity_profile_beside_load": Metric(100 * beside, "% of the points"),
     }
@@ -159,13 +162,20 @@ def _handover_ms(session: Session, functions: Sequence[Function], seconds: float
     return 1e3 * max(0.0, ended - begun - ran_s) / batches
 
 
-def _real(node: Node, world: World, requests: Mapping[str, Request]) -> Real:
-    """Sends the scenario's arrivals; latencies from the end of the warm-up on."""
+def _real(node: Node, world: World, requests: Mapping[str, Request], parts: int, pause: Callable[[], None]) -> Real:
+    """Sends the scenario's arrivals in parts of one length, a pause after each; latencies from the end of the warm-up on."""
     names = [function.name for function in world.functions]
     due = list(zip((world.arrivals.at_ns / S).tolist(), (names[number] for number in world.arrivals.function), strict=True))
-    before, machine = read_status(node.run_dir).devices[0], Machine(os.getpid())
-    replies = play(node, [(at, requests[name]) for at, name in due])
-    after, cores = read_status(node.run_dir).devices[0], machine.cores()
+    length_s = world.arrivals.span_ns / S / parts
+    replies: list[Reply | None] = []
+    busy_ns, swaps, cores = 0, 0, 0.0
+    for part in range(parts):
+        before, machine = read_status(node.run_dir).devices[0], Machine(os.getpid())
+        now_due = [(at - part * length_s, requests[name]) for at, name in due if part == min(parts - 1, int(at / length_s))]
+        replies += play(node, now_due)
+        after, cores = read_status(node.run_dir).devices[0], max(cores, machine.cores())
+        busy_ns, swaps = busy_ns + after.busy_ns - before.busy_ns, swaps + after.swaps - before.swaps
+        pause()
     counted: dict[str, list[Reply | None]] = {name: [] for name in names}
     for (at, name), reply in zip(due, replies, strict=True):
         if at >= world.scenario.warm_up_s:
@@ -174,8 +184,8 @@ def _real(node: Node, world: World, requests: Mapping[str, Request]) -> Real:
         world.scenario.name,
         world.seed,
         tuple(_seen(function.key, counted[function.name]) for function in world.functions),
-        gpu_s=(after.busy_ns - before.busy_ns) / S,
-        swaps=after.swaps - before.swaps,
+        gpu_s=busy_ns / S,
+        swaps=swaps,
         beside=f"other processes use {cores:.1f} cores" if cores > QUIET_CORES else "",
     )
 
@@ -190,20 +200,31 @@ def _singles(node: Node, requests: Mapping[str, Request], points: Points, times:
 
     Two functions take turns (a b a b), then another two: so each is often cold, then mostly warm, and never finds the caches as it left them.
     """
-    patience_s = {
-        point.function.partition("/")[2]: 1.5 * (point.gpu_ms + point.swap_ms) / 1e3 + _THINK_S for point in points.points if point.batch == 1
-    }
     chance, names = np.random.default_rng(SEED), list[str]()
     for _ in range(times // 2):
         order = chance.permutation(list(requests)).tolist()
         for pair in zip(order[::2], order[1::2], strict=True):
             names += pair * 2
-    starts_s = np.cumsum([_THINK_S, *(patience_s[name] for name in names)]).tolist()
     found: dict[str, list[Reply]] = {name: [] for name in requests}
-    for name, reply in zip(names, play(node, [(at_s, requests[name]) for at_s, name in zip(starts_s, names, strict=False)]), strict=True):
+    for name, reply in zip(names, _one_by_one(node, requests, points, names), strict=True):
         if reply is not None:
             found[name].append(reply)
     return found
+
+
+def _pause(node: Node, requests: Mapping[str, Request], points: Points, times: int) -> dict[str, list[Reply]]:
+    """A round of single requests, after which the weights lie on the device that lay there before."""
+    resident = [line.key.partition("/")[2] for line in read_status(node.run_dir).functions if line.resident_on]
+    found = _singles(node, requests, points, times)
+    _one_by_one(node, requests, points, resident)
+    return found
+
+
+def _one_by_one(node: Node, requests: Mapping[str, Request], points: Points, names: Sequence[str]) -> list[Reply | None]:
+    """What calls of these functions meet, each sent when the one before must have been answered."""
+    patience_s = {name: 1.5 * (point.gpu_ms + point.swap_ms) / 1e3 + _THINK_S for name, point in _profiled(points).items()}
+    starts_s = np.cumsum([_THINK_S, *(patience_s[name] for name in names)]).tolist()
+    return play(node, [(at_s, requests[name]) for at_s, name in zip(starts_s, names, strict=False)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,9 +315,11 @@ def _world(folder: Path, size: _Size, points: Points, known: _Calibration, per_m
     return build(load(path), 0)
 
 
-def _drift(before: Mapping[str, Sequence[Reply]], after: Mapping[str, Sequence[Reply]]) -> float:
-    """How much slower single runs were after the load than before it."""
-    return statistics.median(statistics.median(_warm_ms(after[name])) / statistics.median(_warm_ms(before[name])) for name in before) - 1
+def _drift(rounds: Sequence[Mapping[str, Sequence[Reply]]]) -> float:
+    """How much slower single runs were in the slowest round than in the fastest."""
+    usual_ms = {name: statistics.median(_warm_ms(replies)) for name, replies in rounds[0].items()}
+    slower = [statistics.median(statistics.median(_warm_ms(each[name])) / usual_ms[name] for name in each) for each in rounds]
+    return max(slower) / min(slower) - 1
 
 
 def _metrics(lines: Sequence[Line], real: Real, known: _Calibration) -> dict[str, Metric]:

@@ -76,6 +76,11 @@ def test_without_cold_requests_nothing_is_slower_for_being_cold() -> None:
     assert fidelity._Calibration.of(points, {"small": [single(5.0, 1.0, swap_ms=1.0)]}, 0.0).run_ms == {"small": 5.0}, "none was warm"
 
 
+def test_the_drift_is_between_the_slowest_and_the_fastest_round() -> None:
+    rounds = [{"a": [single(10 * slower, 1)] * 3, "b": [single(4 * slower, 1), single(50, 1, swap_ms=9)]} for slower in (1.0, 0.8, 1.2)]
+    assert fidelity._drift(rounds) == pytest.approx(0.5)
+
+
 def test_an_open_loop_load_on_a_real_node() -> None:
     """Of two functions, in the order in which they were due; the parts of each latency add up."""
     functions = [
@@ -95,7 +100,7 @@ def test_an_open_loop_load_on_a_real_node() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_run_leaves_files_that_can_be_simulated_against_each_other(tmp_path: Path) -> None:
-    size = fidelity._Size(span_s=5, warm_up_s=1, singles=4, handover_s=0.5, sampling=Sampling(spread=0.1, seconds=0.1, most_seconds=0.2))
+    size = fidelity._Size(span_s=5, warm_up_s=1, parts=2, singles=4, handover_s=0.5, sampling=Sampling(spread=0.1, seconds=0.1, most_seconds=0.2))
     metrics = fidelity._run(tmp_path, size)
     assert metrics["fidelity_failed"].value == 0
     assert metrics["fidelity_requests"].value > 10
