@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -76,9 +77,10 @@ def start(server: ForkServer, slab: SlabReady) -> Iterator[Callable[..., LaneEnd
 
 
 @pytest.fixture(scope="session")
-def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Stored]:
-    """A model of the catalogue; its reference runs unswapped on the same GPU."""
-    store: Path = tmp_path_factory.mktemp("store")
+def stored() -> Iterator[Callable[[str], Stored]]:
+    """A model of the catalogue; its reference runs unswapped on the same GPU. In shared memory, as a node's: a disk's file may not be pinned."""
+    folder = tempfile.TemporaryDirectory(dir="/dev/shm")
+    store = Path(folder.name)
 
     def put(source: str) -> Stored:
         loaded = load(ModelRef(ModelFormat.CATALOG, source))
@@ -94,7 +96,8 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Stored]:
 
         return Stored(index, store / f"{index.digest}.weights", reference)
 
-    return put
+    yield put
+    folder.cleanup()
 
 
 @pytest.fixture
