@@ -7,7 +7,6 @@ a process of its own, whose state is `_here`. The weights are the host store's o
 
 from __future__ import annotations
 
-import mmap
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from benchmarks.gpu_parts.fleet import Fleet, Keeper, Point, Served, arrivals, i
 from contracts.artifact import WeightIndex
 from contracts.errors import Unavailable
 from contracts.functions import Function, FunctionClass
+from models import huge
 from models import store as files
 from models.load import load
 from models.program import Executable, build
@@ -44,7 +44,7 @@ class _Device:
     def mapped(self, path: Path, nbytes: int) -> torch.Tensor:
         """A file as pinned host memory, uint8; mapped for writing, for not every driver pins what is not, and never written to."""
         with path.open("r+b") as file:
-            host = torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=torch.uint8)
+            host = torch.frombuffer(huge.map_file(file.fileno(), nbytes, writable=True), dtype=torch.uint8)
         if self.driver is not None and not self.driver.register(host):
             raise Unavailable(f"the {nbytes} bytes of {path.name} cannot be pinned: the baselines would be too slow to compare with")
         return host
