@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import pytest
@@ -106,3 +106,25 @@ def test_places_are_always_free_and_inside(chance: random.Random, steps: int) ->
     ordered = sorted(memory.extents.values(), key=lambda extent: extent.offset)
     assert all(a.end <= b.offset for a, b in pairwise(ordered))
     assert memory.used_bytes == sum(extent.end - extent.offset for extent in ordered)
+
+
+def test_of_very_many_extents_some_are_weighed_at_a_time_and_all_in_turn() -> None:
+    memory = filled(1000 * 256, *[256] * 1000)
+    weighed: list[int] = []
+
+    def costs(extents: Sequence[Extent]) -> list[float | None]:
+        weighed.extend(extent.owner for extent in extents)
+        return [float(extent.owner) for extent in extents]
+
+    places = [memory.find(5000, 256, costs) for _ in range(20)]
+    assert len(weighed) < 20 * 200, "a search looks at a bounded number"
+    assert set(weighed) == set(range(1, 1001))
+    assert {place.victims[0] for place in places if place is not None} >= {1}, "the cheapest of all has its turn"
+
+
+def test_what_is_not_found_among_some_is_looked_for_among_all() -> None:
+    memory = filled(1000 * 256, *[256] * 1000)
+    for _ in range(10):
+        place = memory.find(5000, 256, each(lambda extent: 1.0 if extent.owner == 777 else None))
+        assert place is not None and place.victims == (777,)
+    assert memory.find(5000, 300 * 256, each(lambda _: 1.0)) == Place(0, tuple(range(1, 301)), 300.0), "more than are weighed at a time"
