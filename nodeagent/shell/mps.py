@@ -26,8 +26,8 @@ _log = logging.getLogger(__name__)
 PREFIX = "mps-"
 PATH_BYTES = len(f"/{PREFIX}xxxxxxxx/nvidia-cuda-mps-control.pid")
 """What the longest of its names adds to the run dir's path; the sockets among them are bound by the length of a Unix socket's path."""
-_PLACES = "/usr/bin:/usr/local/nvidia/bin:/opt/bin"
-"""Where it lies when the path does not say: containers get it mounted."""
+_PLACES = "/usr/bin:/usr/sbin:/usr/local/nvidia/bin:/opt/bin"
+"""Where daemon and server lie when the path does not say: containers get them mounted. The daemon looks for its server on its own path."""
 _UP_S = 20.0
 _SERVER_S = 60.0
 _COMMAND_S = 10.0
@@ -112,7 +112,7 @@ class MpsDaemon:
 
     def _whole_environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("CUDA_MPS_")}
-        return kept | self.environment | {"CUDA_MPS_PROTOCOL_VERSION": "2"}
+        return kept | self.environment | {"CUDA_MPS_PROTOCOL_VERSION": "2", "PATH": f"{kept.get('PATH', os.defpath)}:{_PLACES}"}
 
     async def _control(self, command: str) -> str:
         """What the daemon answers to a command; Unavailable when it does not."""

@@ -61,6 +61,21 @@ async def test_a_daemon_serves_clients_of_its_folder_and_leaves_nothing(folder: 
 
 
 @pytest.mark.asyncio
+async def test_a_daemon_that_is_not_on_the_path_looks_for_its_server_where_it_lies_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = folder / "mounted"
+    place.mkdir()
+    program = place / "far-control"
+    program.write_text(f'#!/bin/sh\nexec {" ".join(CONTROL)} "$@"\n')
+    program.chmod(0o700)
+    monkeypatch.setattr("nodeagent.shell.mps._PLACES", str(place))
+    others = children()
+    daemon = MpsDaemon(("far-control",), folder, "GPU-1")
+    await daemon.start()
+    assert all(str(place) in process.environ()["PATH"].split(":") for process in children() - others)
+    await daemon.stop()
+
+
+@pytest.mark.asyncio
 async def test_the_longest_of_its_names_is_what_the_run_dir_leaves_room_for(folder: Path) -> None:
     daemon = MpsDaemon(CONTROL, folder, "GPU-1")
     await daemon.start()
