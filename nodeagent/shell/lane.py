@@ -185,7 +185,10 @@ class Lane:
         self._outbox.flush()
 
     def attach_ahead(self, *entries: Entry) -> None:
-        """Makes functions known to the lane that nothing needs yet, in this order, each when the lane has no other to attach."""
+        """Makes functions known to the lane that nothing needs yet, in this order, each when the lane has no other to attach.
+
+        A busy lane takes one up between two batches: what Python does for it competes with a batch.
+        """
         self._ahead.extend(entries)
         self._go_ahead()
 
@@ -287,6 +290,7 @@ class Lane:
                 self._page.pause_batch = 0
                 self._detach_retired()
                 self._owner.batch_done(self, request, message)
+                self._go_ahead()
             elif isinstance(message, BatchPaused):
                 self._owner.batch_paused(self, self._running(message.batch), message)
             elif isinstance(message, LaneReady):
@@ -333,7 +337,8 @@ class Lane:
                 self._unpinned.add(message.function)
                 self._owner.unpinned(self, entry)
             entry.attached.set()
-        self._go_ahead()
+        if self.running is None:
+            self._go_ahead()
 
     def _on_progress(self, message: CopyProgress) -> None:
         known = self._copies.get(message.copy)
