@@ -89,6 +89,9 @@ def _small(found: Found) -> dict[str, Metric]:
         stock, ours = (found[Case(kind, SMALL, CROWD), name].throughput for name in ("stock", "ours"))
         metrics[f"small_c{CROWD}_throughput_ratio_{kind}"] = Metric(ours / stock, "ratio", 1.0, "higher")
         metrics[f"small_c{CROWD}_per_s_{kind}"] = Metric(ours, "1/s")
+        stock, ours = (found[Case(kind, SMALL, CROWD), name].cost_us for name in ("stock", "ours"))
+        metrics[f"small_c{CROWD}_cpu_ratio_{kind}"] = Metric(ours / stock, "ratio")
+        metrics[f"small_c{CROWD}_cpu_us_{kind}"] = Metric(ours, "us")
     for kind in KINDS:
         stock, ours = (found[Case(kind, SMALL, 1), name].latency_ms for name in ("stock", "ours"))
         metrics[f"small_c1_added_ms_{kind}"] = Metric(ours - stock, "ms", 0.5)

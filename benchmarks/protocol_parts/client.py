@@ -42,10 +42,11 @@ class Leg(msgspec.Struct, frozen=True):
 
 
 class Timing(msgspec.Struct, frozen=True):
-    """What came of it: the latency of every request, and requests answered per second."""
+    """What came of it: the latency of every request, requests answered per second, and how many were asked in all, those that warmed up included."""
 
     latencies_ns: list[int]
     per_s: float
+    asked: int
 
 
 class Connection(asyncio.Protocol):
@@ -152,7 +153,8 @@ async def measure(leg: Leg) -> Timing:
     latencies_ns.clear()
     begun_ns = time.perf_counter_ns()
     await asyncio.gather(*(loop(ask, begun_ns + int(leg.seconds * 1e9), leg.least) for ask in asks))
-    timing = Timing(latencies_ns, len(latencies_ns) * 1e9 / (time.perf_counter_ns() - begun_ns))
+    per_s = len(latencies_ns) * 1e9 / (time.perf_counter_ns() - begun_ns)
+    timing = Timing(latencies_ns, per_s, 1 + _WARM_UP * leg.concurrency + len(latencies_ns))
     closed = close()
     if closed is not None:
         await closed

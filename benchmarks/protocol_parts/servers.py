@@ -44,6 +44,15 @@ class Server:
         """Its HTTP address."""
         return f"http://{HOST}:{self.http_port}"
 
+    def cpu_s(self) -> dict[int, float]:
+        """CPU seconds of each of its processes until now, by process id."""
+        found = {}
+        for process in (self.process, *self.process.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                times = process.cpu_times()
+                found[process.pid] = times.user + times.system
+        return found
+
     def port(self, kind: str) -> int:
         """Where requests of this kind go."""
         return self.grpc_port if kind == "grpc" else self.http_port

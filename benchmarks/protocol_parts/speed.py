@@ -56,10 +56,11 @@ class Case:
 
 @dataclass(slots=True)
 class Seen:
-    """One server in one case, round by round: the median latency, and requests per second."""
+    """One server in one case, round by round: the median latency, requests per second, and the CPU time of all its processes for a request."""
 
     p50_ms: list[float] = field(default_factory=list)
     per_s: list[float] = field(default_factory=list)
+    cpu_us: list[float] = field(default_factory=list)
 
     @property
     def latency_ms(self) -> float:
@@ -70,6 +71,11 @@ class Seen:
     def throughput(self) -> float:
         """The median of the rounds."""
         return statistics.median(self.per_s)
+
+    @property
+    def cost_us(self) -> float:
+        """The median of the rounds."""
+        return statistics.median(self.cpu_us)
 
 
 CASES = [Case(kind, values, concurrency) for kind in KINDS for values, concurrency in ((SMALL, 1), (SMALL, CROWD), (LARGE, 1))]
@@ -90,9 +96,13 @@ def measure(rounds: int, seconds: float, least: int) -> Found:
                 for case in CASES:
                     names = [name for name in beside if name != "echo" or case.kind == "binary"]
                     for name in names if number % 2 else reversed(names):
-                        leg = Leg(beside[name].port(case.kind), case.kind, case.values, case.concurrency, seconds, least, echo=name == "echo")
+                        server = beside[name]
+                        leg = Leg(server.port(case.kind), case.kind, case.values, case.concurrency, seconds, least, echo=name == "echo")
+                        before_s = server.cpu_s()
                         timing = load.measure(leg)
+                        used_s = sum(after_s - before_s.get(pid, 0.0) for pid, after_s in server.cpu_s().items())
                         seen = found.setdefault((case, name), Seen())
                         seen.p50_ms.append(statistics.median(timing.latencies_ns) / MS)
                         seen.per_s.append(timing.per_s)
+                        seen.cpu_us.append(used_s * 1e6 / timing.asked)
     return found
