@@ -142,7 +142,7 @@ class Dispatcher:
     def _try(self, function: FunctionState, candidates: Sequence[Device], now_ns: int, *, may_preempt: bool = True) -> bool:
         """Starts a function's next batch on one of these devices, or a hit in its place, if its choice permits."""
         node = self.node
-        choice = choose(function, candidates, node.devices, node.functions, node.ready.head(_SCAN), now_ns)
+        choice = choose(function, candidates, node.devices, node.functions, node.ready, now_ns)
         if isinstance(choice, RunOn):
             self._run(function, choice.lane, now_ns)
             return True
@@ -265,7 +265,7 @@ class Dispatcher:
         way = best_way(function, lane, self.node.functions)
         if way is None:
             return None
-        if holder_wait_ns(function, self.node.devices, self.node.ready.head(_SCAN), now_ns) <= way.link.swap_ns(function.spec.weight_bytes):
+        if holder_wait_ns(function, self.node.devices, self.node.ready, now_ns) <= way.link.swap_ns(function.spec.weight_bytes):
             return None
         place = find_place(function, lane.device, self.node.functions, now_ns)
         if place is None:

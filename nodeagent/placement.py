@@ -8,7 +8,7 @@ its layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from operator import itemgetter
 
@@ -17,8 +17,9 @@ import msgspec
 from contracts.functions import FunctionClass
 from contracts.units import MS
 from nodeagent.copies import Link
-from nodeagent.entities import Device, FunctionState, Lane, RequestState
+from nodeagent.entities import Device, FunctionState, Lane
 from nodeagent.memory import Extent, Place
+from nodeagent.ready import ReadyQueue
 from nodeagent.tokens import NEVER_NS
 
 
@@ -58,7 +59,7 @@ class WaitFor(msgspec.Struct, frozen=True):
 
 
 Choice = RunOn | SwapTo | WaitFor
-Waiting = FunctionState | RequestState
+_AHEAD = 32
 _EARLY_NS = 2 * MS
 """A lane is taken so much earlier than the copy and the run need, and by a quarter of the run: a run is slower while weights are copied."""
 Opening = tuple[int, bool, int, Lane, Way]
@@ -73,12 +74,12 @@ def choose(
     candidates: Sequence[Device],
     devices: Mapping[str, Device],
     owners: Mapping[int, FunctionState],
-    waiting: Iterable[Waiting],
+    ready: ReadyQueue,
     now_ns: int,
 ) -> Choice:
     """Where the function's next batch should run, of the candidates.
 
-    `devices` are all, `owners` the functions by number, `waiting` the most urgent of all that waits, in order.
+    `devices` are all, `owners` the functions by number, `ready` is all that waits.
     """
     rows = function.queue[0].rows
     hit = lane_with_weights(function, rows, candidates) if function.extents else None
@@ -86,7 +87,7 @@ def choose(
         return RunOn(hit)
     openings, wanted, for_link = _openings(function, candidates, owners, now_ns)
     if openings:
-        wait_ns = holder_wait_ns(function, devices, waiting, now_ns)
+        wait_ns = holder_wait_ns(function, devices, ready, now_ns)
         if wait_ns <= openings[0][0]:
             return WaitFor(holder_ns=max(1, wait_ns))
         best: SwapTo | None = None
@@ -98,7 +99,7 @@ def choose(
                 best = SwapTo(lane, place, way, stall_ns(function, rows, way.link, function.spec.weight_bytes))
         if best is not None:
             return best
-    return WaitFor(wanted, _coming_ns(function, rows, devices), for_link)
+    return WaitFor(wanted, _coming_ns(function, rows, devices) if function.extents else 0, for_link)
 
 
 def _openings(
@@ -195,11 +196,12 @@ def _copier(device: Device, extent: Extent) -> Lane:
     return device.lanes[device.copies[extent.copy].lane]
 
 
-def holder_wait_ns(function: FunctionState, devices: Mapping[str, Device], waiting: Iterable[Waiting], now_ns: int) -> int:
+def holder_wait_ns(function: FunctionState, devices: Mapping[str, Device], ready: ReadyQueue, now_ns: int) -> int:
     """How soon some device that holds the function's weights can take its next batch, after those that wait for that device and go first."""
     if not function.extents:
         return NEVER_NS
-    ahead = [item for item in takewhile(lambda item: item is not function, waiting) if isinstance(item, FunctionState) and item.extents]
+    first = takewhile(lambda item: item is not function, ready.head(_AHEAD))
+    ahead = [item for item in first if isinstance(item, FunctionState) and item.extents]
     return min(_wait_ns(function, devices[id_], extent, now_ns) + _queued_ns(id_, ahead) for id_, extent in function.extents.items())
 
 
