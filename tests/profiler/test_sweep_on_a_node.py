@@ -32,7 +32,7 @@ FACTS = DeviceFacts("cpu", "a processor", 1, 0.0, 1e11, 1e10, 1e10, 1 << 26)
 NODE = NodeOptions(device_bytes=64 * MIB, host_bytes=256 * MIB)
 ONE = Function("one", ModelRef(ModelFormat.CATALOG, "mlp?width=1024&depth=4"))
 TWO = Function("two", ModelRef(ModelFormat.CATALOG, "mlp?width=256&depth=8"))
-PLAN = Plan((1, 64), (50, 100), (10, 100), None, None, True, sampling=Sampling(spread=1.0, fewest=5, enough=5, seconds=0.1))
+PLAN = Plan((1, 64), (50, 100), (10, 100), None, None, True, sampling=Sampling(1.0, 5, 5, seconds=0.1, most_seconds=60), visits=2)
 SWEEP = """
 import sys
 from pathlib import Path
