@@ -33,6 +33,8 @@ _HEAD = ((b":status", b"200"), _CONTENT_TYPE, (b"grpc-accept-encoding", b"identi
 _OK = ((b"grpc-status", b"0"),)
 _NO_GRPC = ((b":status", b"415"),)
 _SETTINGS = {Setting.INITIAL_WINDOW_SIZE: _WINDOW_BYTES, Setting.MAX_HEADER_LIST_SIZE: 64 * KIB}
+_CONFIGURATION = ngh2.Configuration(stream_reset_rate_limit=(10_000, 1_000))
+"""A proxy brings many clients on one connection, and under overload each deadline that passes is a reset; libnghttp2's 33 a second would be few."""
 log = logging.getLogger("sluice.predictor")
 
 
@@ -96,7 +98,7 @@ class Connection(asyncio.Protocol):
         self._server = server
         self._limits = server.intake.limits
         self._loop = asyncio.get_running_loop()
-        self._http2 = ngh2.Connection(ngh2.Role.SERVER)
+        self._http2 = ngh2.Connection(ngh2.Role.SERVER, _CONFIGURATION)
         self._calls: dict[int, _Call] = {}
         self._refused: list[int] = []
         """Streams whose client is told to stop once the answer has gone: a reset would overtake it."""

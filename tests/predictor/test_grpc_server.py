@@ -198,6 +198,19 @@ async def test_a_client_that_cancels_cancels_its_call(service: Service) -> None:
 
 
 @pytest.mark.asyncio
+async def test_many_clients_behind_a_proxy_may_give_up(service: Service, raw: Raw) -> None:
+    for _ in range(2_000):
+        given_up = raw.call(b"/t.T/Wait")
+        raw.http2.send_data(given_up, framed(b""), end_stream=True)
+        raw.send()
+        raw.http2.reset_stream(given_up)
+        raw.send()
+    raw.http2.send_data(raw.call(), framed(b"abc"), end_stream=True)
+    raw.send()
+    assert status_of(await raw.receive(ngh2.TrailersReceived)) == b"0"
+
+
+@pytest.mark.asyncio
 async def test_a_client_that_vanishes_cancels_its_calls(service: Service, raw: Raw) -> None:
     raw.http2.send_data(raw.call(b"/t.T/Wait"), framed(b""), end_stream=True)
     raw.send()

@@ -5,7 +5,7 @@ import sys
 
 from tests.predictor.front_process import ROOT
 
-FORBIDDEN = {"fastapi", "kserve", "pandas", "torch", "nodeagent", "predictor.worker", "transformers"}
+FORBIDDEN = {"fastapi", "grpc", "kserve", "pandas", "torch", "nodeagent", "predictor.worker", "transformers"}
 
 OF_MODELS = {"models", "models.archive", "models.tokenizer"}
 """Tokenizers: the loader checks them with the code that runs them here."""
