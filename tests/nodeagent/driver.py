@@ -13,11 +13,22 @@ from tests.nodeagent.slabs import Slabs
 class Driver:
     """Keeps what the lanes would know: which are up, what they run, which copies they make and how far they may go.
 
-    Lanes that come up find a way of `peer_bytes_per_s` from each other device's memory, none with 0.
+    The devices share `links` links of so many bytes a second. Lanes that come up find a way of `peer_bytes_per_s` from each other device's memory,
+    none with 0.
     """
 
-    def __init__(self, devices: int = 1, capacity: int = 100 << 20, settings: Settings | None = None, *, exclusive: bool = False) -> None:
-        self.state = NodeState([DeviceSpec(f"cpu:{n}", capacity, exclusive=exclusive) for n in range(devices)], settings)
+    def __init__(
+        self,
+        devices: int = 1,
+        capacity: int = 100 << 20,
+        settings: Settings | None = None,
+        *,
+        exclusive: bool = False,
+        links: int = 9,
+        link_bytes_per_s: int = 8 * S,
+    ) -> None:
+        specs = [DeviceSpec(f"cpu:{n}", capacity, link_bytes_per_s, f"link:{n % links}", exclusive) for n in range(devices)]
+        self.state = NodeState(specs, settings)
         self.now_ns = S
         self.starting: dict[int, ev.StartLane] = {}
         self.up: dict[int, ev.StartLane] = {}

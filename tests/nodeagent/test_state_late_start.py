@@ -6,8 +6,7 @@ from contracts.functions import Share
 from contracts.units import MIB, MS, S
 from nodeagent import events as ev
 from nodeagent.events import Reason
-from nodeagent.settings import DeviceSpec, Settings
-from nodeagent.state import NodeState
+from nodeagent.settings import Settings
 from tests.nodeagent.driver import Driver, of, runs
 
 BE = "best-effort"
@@ -18,9 +17,7 @@ WEIGHTS = 60 * MIB
 
 def slow_node(*names: str, devices: int = 1, links: int = 9, capacity: int = 400 * MIB, run_ns: int = 5 * MS) -> Driver:
     """Devices on slow links. Functions whose name begins with "be" are best-effort; all have run before, and no weights are left on the devices."""
-    driver = Driver()
-    specs = [DeviceSpec(f"cpu:{n}", capacity, LINK, f"link:{n % links}") for n in range(devices)]
-    driver.state = NodeState(specs, Settings(chunk_bytes=MIB, chunk_ns=0, hang_ns=S))
+    driver = Driver(devices, capacity, Settings(chunk_bytes=MIB, chunk_ns=0, hang_ns=S), links=links, link_bytes_per_s=LINK)
     for name in names:
         driver.declare(name, weight_bytes=WEIGHTS, cls=BE if name.startswith("be") else "latency-sensitive")
     run_once(driver, *names, run_ns=run_ns)

@@ -23,8 +23,9 @@ class History:
 
     def __init__(self, chance: random.Random, devices: int) -> None:
         self.chance = chance
-        settings = Settings(chunk_bytes=MIB, chunk_ns=0, max_lanes_per_device=4, hang_ns=2 * S)
-        self.driver = Driver(devices, 64 * MIB, settings, exclusive=chance.random() < 0.2)
+        settings = Settings(chunk_bytes=4 * MIB, chunk_ns=0, max_lanes_per_device=4, hang_ns=2 * S)
+        exclusive, links, speed = chance.random() < 0.2, chance.choice((1, 9)), chance.choice((S // 100, S // 10, 8 * S))
+        self.driver = Driver(devices, 64 * MIB, settings, exclusive=exclusive, links=links, link_bytes_per_s=speed)
         self.driver.peer_bytes_per_s = chance.choice((0, S, 50 * S, 50 * S))
         self.names: list[str] = []
         self.requests = 0
@@ -60,7 +61,7 @@ class History:
         share = self.chance.choice(SHARES)
         if self.driver.state.refusal(name, Share.of(*share)) is None:
             cls = self.chance.choice(("latency-sensitive", "best-effort"))
-            self.driver.declare(name, share=share, cls=cls, weight_bytes=self.chance.choice((100, MIB, 5 * MIB, 20 * MIB, 60 * MIB)), max_queue=20)
+            self.driver.declare(name, share=share, cls=cls, weight_bytes=self.chance.choice((100, MIB, 20 * MIB, 30 * MIB, 60 * MIB)), max_queue=20)
             self.names = [*(n for n in self.names if n != name), name]
 
     def remove(self) -> None:
