@@ -8,33 +8,15 @@ from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
-import torch
 
-from contracts.functions import Function, ModelFormat, ModelRef, Share
+from contracts.functions import Function, Share
 from contracts.wire import Answer, Submit
-from models.load import Loaded, load
 from tests.faults.census import alive, command
 from tests.nodeagent.node import Control, Node, eventually, short_folder
-from tests.nodeagent.test_agent_end_to_end import Arrays, Caller, check, draw
+from tests.nodeagent.unswapped import Arrays, Caller, check, draw, model
 
 FUNCTIONS = 6
-SOURCES = [f"mlp?seed={seed}" for seed in range(FUNCTIONS)]
 SIZES = (100, 50, 25)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The reference runs with as many threads as a lane."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def references() -> list[Loaded]:
-    """The models, unswapped."""
-    return [load(ModelRef(ModelFormat.CATALOG, source)) for source in SOURCES]
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +28,9 @@ def served() -> Iterator[tuple[Node, Control]]:
             node = Node(folder / "run", "--device", "cuda:0", module="tests.fakes.gpu_agent", memory="12Mi", host="256Mi").ready()
             control = Control(node.run_dir)
             control.grant()
-            for number, source in enumerate(SOURCES):
+            for number in range(FUNCTIONS):
                 share = Share(SIZES[number % len(SIZES)], 500)
-                control.declare(Function(f"f{number}", ModelRef(ModelFormat.CATALOG, source), share=share))
+                control.declare(Function(f"f{number}", model(number), share=share))
             yield node, control
             children = node.children()
             control.channel.close()
@@ -65,12 +47,12 @@ def send(caller: Caller, turn: int) -> list[tuple[int, Arrays, Submit]]:
     return [(number, inputs, caller.submit(number, [inputs])) for number, inputs in sent]
 
 
-def test_lanes_of_a_gpu_answer_as_the_unswapped_models_do(served: tuple[Node, Control], references: list[Loaded]) -> None:
+def test_lanes_of_a_gpu_answer_as_the_unswapped_models_do(served: tuple[Node, Control]) -> None:
     node, control = served
     caller = Caller(node)
     for turn in range(10):
         for number, inputs, batch in send(caller, turn):
-            check(references[number], [inputs], caller.answer(batch))
+            check(number, [inputs], caller.answer(batch))
     (device,) = control.status().devices
     assert device.backend == "mps" and device.swaps > FUNCTIONS
     assert {lane.sm_percent for lane in device.lanes} == set(SIZES)
@@ -83,21 +65,19 @@ DEATHS: dict[str, Callable[[Node, Control], int]] = {
 
 
 @pytest.mark.parametrize("victim", DEATHS.values(), ids=DEATHS)
-def test_no_answer_is_wrong_when_processes_die(
-    victim: Callable[[Node, Control], int], served: tuple[Node, Control], references: list[Loaded]
-) -> None:
+def test_no_answer_is_wrong_when_processes_die(victim: Callable[[Node, Control], int], served: tuple[Node, Control]) -> None:
     node, control = served
     caller = Caller(node)
     for number, inputs, batch in send(caller, 20):
-        check(references[number], [inputs], caller.answer(batch))
+        check(number, [inputs], caller.answer(batch))
     pid, sent = victim(node, control), send(caller, 21)
     os.kill(pid, signal.SIGKILL)
     for number, inputs, batch in sent + send(caller, 22):
         outcome = caller.predictor.outcome(batch)
         if isinstance(outcome, Answer):
-            check(references[number], [inputs], caller.answer(batch))
+            check(number, [inputs], caller.answer(batch))
         else:
             assert outcome.kind == "Unavailable", outcome
     eventually(lambda: not psutil.pid_exists(pid) and control.status().devices[0].state == "up", "the return of what died")
     for number, inputs, batch in send(caller, 23):
-        check(references[number], [inputs], caller.answer(batch))
+        check(number, [inputs], caller.answer(batch))
