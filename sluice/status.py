@@ -74,6 +74,9 @@ def _gpus(devices: Sequence[DeviceStatus]) -> Iterator[Text]:
             yield Text(f"{device.device}: SMs are held by {device.backend}: {device.why}", style=style)
         if device.state != "up":
             yield Text(f"{device.device} is {device.state}: it is being brought back", style="bold red")
+        unpinned = max((lane.unpinned for lane in device.lanes), default=0)
+        if unpinned:
+            yield Text(f"{device.device}: the weights of {unpinned} functions cannot be pinned in host memory: their swaps are slow", style="yellow")
 
 
 def introduction(functions: Sequence[FunctionStatus]) -> Table:

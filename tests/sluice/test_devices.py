@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from contracts.errors import InvalidValue, Unavailable
-from contracts.status import DeviceStatus, NodeStatus
+from contracts.functions import FunctionClass
+from contracts.status import DeviceStatus, LaneStatus, NodeStatus
 from nodeagent.shell.options import Options, parse
 from sluice import status
 from sluice.cli import main
@@ -96,8 +97,12 @@ def test_people_are_shown_what_holds_lanes_and_that_a_device_is_lost(capsys: pyt
     device = DeviceStatus("cuda:0", 1 << 30, 0, 0, 0, 0, 0, (), backend="quota", why="no MPS: none; no green contexts: none")
     lost = msgspec.structs.replace(device, device="cuda:1", backend="mps", state="lost")
     cpu = msgspec.structs.replace(device, device="cpu:0", backend="pace")
+    lane = LaneStatus(1, 100, FunctionClass.LATENCY_SENSITIVE, 7, "idle", attached=5, unpinned=2)
+    device = msgspec.structs.replace(device, lanes=(lane,))
     status.console().print(status.render(NodeStatus(1, 2, 3, 4, (device, lost, cpu), ())))
     shown = capsys.readouterr().out
     assert "cuda:0: SMs are held by quota: no MPS: none; no green contexts: none" in shown
     assert "cuda:1 is lost: it is being brought back" in shown
+    assert "cuda:0: the weights of 2 functions cannot be pinned" in shown
+    assert "cuda:1: the weights" not in shown
     assert "cpu:0:" not in shown
