@@ -1,4 +1,4 @@
-"""Inference over uvicorn's protocol with fewer steps: a request's body is put together once, and an answer leaves in one write.
+"""Inference over uvicorn's protocol with fewer steps: a request's body is put together once, and a small answer leaves in one write.
 
 uvicorn appends each piece of a body to a buffer, stops reading, wakes the application, copies the buffer for it, and reads on; for a picture that is
 three copies and ten turns of the loop. It writes an answer's head by itself, which wakes the client for nothing. Owns these two shortcuts; who reads
@@ -17,6 +17,7 @@ from contracts.units import KIB
 _SMALL_BYTES = 4 * KIB
 _SUFFIXES = (":predict", "/infer")
 _KEY = "sluice.body"
+_JOINED_BYTES = 64 * KIB
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -51,7 +52,7 @@ def body_of(scope: Any) -> Body:
 
 
 class _Whole(asyncio.Transport):
-    """The transport of one answer, which keeps the head until the body comes."""
+    """The transport of one answer, which keeps the head until the body comes: a small one goes with it, a large one is not copied."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
@@ -61,8 +62,12 @@ class _Whole(asyncio.Transport):
         if self._head is None and data != _CONTINUE:
             self._head = bytes(data)
         elif self._head:
-            self._transport.writelines((self._head, data))
-            self._head = b""
+            head, self._head = self._head, b""
+            if len(data) <= _JOINED_BYTES:
+                self._transport.write(head + data)
+            else:
+                self._transport.write(head)
+                self._transport.write(data)
         else:
             self._transport.write(data)
 
