@@ -23,8 +23,8 @@ import psutil
 from benchmarks.node_parts.node import catalogued, running
 from contracts.errors import SluiceError, Unavailable
 from contracts.functions import Function, FunctionClass
+from contracts.lane_wire import Hold, SlabReady
 from contracts.units import GIB, MIB, MS
-from contracts.wire import Hold, SlabReady
 from models.samples import sample_inputs
 from nodeagent.shell import backends
 from nodeagent.shell.gpus import Gpu

@@ -14,9 +14,10 @@ from collections.abc import Callable, Coroutine, Mapping
 
 from contracts.errors import ExecutionError, Refused, SluiceError, Unavailable, from_wire, to_wire
 from contracts.functions import Share
+from contracts.lane_wire import BatchDone, BatchPaused, CopyProgress
 from contracts.status import NodeStatus
 from contracts.units import S
-from contracts.wire import Answer, BatchDone, BatchPaused, CopyProgress, Failed
+from contracts.wire import Answer, Failed
 from nodeagent import events
 from nodeagent.settings import Settings
 from nodeagent.shell import metrics

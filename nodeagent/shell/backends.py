@@ -21,7 +21,7 @@ import msgspec
 
 from contracts.errors import InvalidValue, ProtocolError, Unavailable
 from contracts.functions import FunctionClass
-from contracts.wire import LaneReady
+from contracts.lane_wire import LaneReady
 from nodeagent.shell.gpus import Gpu
 
 _GREEN_DRIVER = 12050

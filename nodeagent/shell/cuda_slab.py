@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from contracts.errors import InvalidValue, SluiceError, Unavailable
+from contracts.lane_wire import Hold, LaneReady, MapPeer, SlabReady, Spawn
 from contracts.units import MIB, format_bytes
-from contracts.wire import Hold, LaneReady, MapPeer, SlabReady, Spawn
 from nodeagent.events import StartLane
 from nodeagent.settings import DeviceSpec, Settings
 from nodeagent.shell import backends

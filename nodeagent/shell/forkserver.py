@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 from contracts.channel import AsyncChannel
 from contracts.errors import Unavailable
-from contracts.wire import Message, Spawn
+from contracts.lane_wire import Spawn
+from contracts.wire import Message
 from nodeagent.shell import children
 
 _log = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ import msgspec
 
 from contracts.errors import NotFound, Refused, SluiceError, Unavailable
 from contracts.functions import Function, ModelRef, Share
-from contracts.wire import Attach, FunctionInfo
+from contracts.lane_wire import Attach
+from contracts.wire import FunctionInfo
 from nodeagent.events import Event, FunctionDeclared, FunctionSpec, ShareChanged
 from nodeagent.shell.hoststore import HostStore, Stored
 from nodeagent.shell.loader import Loader

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 
 from contracts.channel import AsyncChannel
 from contracts.errors import ProtocolError, Unavailable
-from contracts.wire import Hold, Message, SlabReady
+from contracts.lane_wire import Hold, SlabReady
+from contracts.wire import Message
 from nodeagent.shell import children
 
 _log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from typing import Protocol
 from contracts.channel import AsyncChannel
 from contracts.errors import ProtocolError
 from contracts.lane_page import LanePage
-from contracts.wire import (
+from contracts.lane_wire import (
     Attached,
     BatchDone,
     BatchPaused,
@@ -29,13 +29,13 @@ from contracts.wire import (
     LaneReady,
     MapPeer,
     MapSegment,
-    Message,
     PeerMapped,
     Resume,
     Run,
     UnmapPeer,
     UnmapSegment,
 )
+from contracts.wire import Message
 from nodeagent import events
 from nodeagent.shell.functions import Entry
 from nodeagent.shell.outbox import Outbox

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from contracts.errors import ProtocolError, Unavailable
 from contracts.lane_page import LanePage
-from contracts.wire import PeerMapped
+from contracts.lane_wire import PeerMapped
 from nodeagent.events import StartLane
 from nodeagent.shell.backends import Backend
 from nodeagent.shell.forkserver import ForkServer

@@ -9,7 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from contracts.wire import PeerMapped
+from contracts.lane_wire import PeerMapped
 from nodeagent.shell.lane import Lane
 from nodeagent.shell.slabs import Slab
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Protocol
 
 from contracts.errors import ProtocolError, Unavailable
+from contracts.lane_wire import LaneReady, MapPeer, Spawn
 from contracts.units import KIB, format_bytes
-from contracts.wire import LaneReady, MapPeer, Spawn
 from nodeagent.events import StartLane
 from nodeagent.settings import DeviceSpec
 from nodeagent.shell.backends import Backend

@@ -15,7 +15,7 @@ import socket
 import warnings
 
 from contracts.channel import Channel
-from contracts.wire import Spawn
+from contracts.lane_wire import Spawn
 from models import catalogue, networks
 from predictor.worker import lane
 

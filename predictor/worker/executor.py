@@ -12,7 +12,7 @@ import torch
 
 from contracts.errors import to_wire
 from contracts.lane_page import LanePage
-from contracts.wire import BatchDone, Run
+from contracts.lane_wire import BatchDone, Run
 from predictor.worker.devices.base import Device, Meter, Place
 from predictor.worker.functions import Function, Functions, Program
 from predictor.worker.memory import ActivationBound

@@ -19,7 +19,7 @@ import torch
 
 from contracts.artifact import Signature, WeightIndex, decode_index
 from contracts.errors import InvalidArtifact, SluiceError, Unavailable, from_wire, to_wire
-from contracts.wire import Attach, Attached
+from contracts.lane_wire import Attach, Attached
 from models import huge
 from models.program import build
 from models.weights import views

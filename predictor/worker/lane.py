@@ -23,7 +23,7 @@ import torch
 from contracts.channel import Channel
 from contracts.errors import ProtocolError, SluiceError
 from contracts.lane_page import LanePage
-from contracts.wire import (
+from contracts.lane_wire import (
     Attach,
     BatchPaused,
     Copy,
@@ -32,7 +32,6 @@ from contracts.wire import (
     LaneReady,
     MapPeer,
     MapSegment,
-    Message,
     PeerMapped,
     Resume,
     Run,
@@ -42,6 +41,7 @@ from contracts.wire import (
     UnmapPeer,
     UnmapSegment,
 )
+from contracts.wire import Message
 from predictor.worker.devices import open_device
 from predictor.worker.executor import Executor
 from predictor.worker.functions import Functions

@@ -17,8 +17,8 @@ from typing import NoReturn
 import torch
 
 from contracts.errors import ExecutionError, ProtocolError
+from contracts.lane_wire import CopyProgress
 from contracts.units import MIB
-from contracts.wire import CopyProgress
 from predictor.worker.devices.base import Device, Event
 
 _REPORT_BYTES = 8 * MIB

@@ -9,7 +9,8 @@ import pytest
 from contracts.channel import AsyncChannel, Channel, connect
 from contracts.errors import ProtocolError
 from contracts.frames import encode
-from contracts.wire import Attach, Cancel, Failed, Hello, MapSegment, Spawn, Submit, ToAgent, ToLaneCopy
+from contracts.lane_wire import Attach, MapSegment, Spawn, ToLaneCopy
+from contracts.wire import Cancel, Failed, Hello, Submit, ToAgent
 
 SPAWN = Spawn(1, "cpu:0", 50, "latency-sensitive", 1 << 20, 1, 0, 0)
 ATTACH = Attach("default/f", b"{}", "/store")

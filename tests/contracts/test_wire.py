@@ -6,31 +6,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contracts import wire
+from contracts import lane_wire, wire
 from contracts.artifact import Signature
 from contracts.errors import ProtocolError
 from contracts.frames import HEADER_BYTES, MAX_FRAME_BYTES, FrameDecoder, encode
-from contracts.functions import Function, ModelFormat, ModelRef, Share
-from contracts.wire import (
-    Answer,
-    Cancel,
-    Control,
-    Declare,
-    Grant,
-    Hello,
-    Message,
-    Part,
-    Run,
-    SetShare,
-    Submit,
-    TensorRef,
-    ToAgent,
-)
+from contracts.functions import Function, FunctionClass, ModelFormat, ModelRef, Share
+from contracts.lane_wire import Run
+from contracts.wire import Answer, Cancel, Control, Declare, Grant, Hello, Message, Part, SetShare, Submit, TensorRef, ToAgent
 
 FUNCTION = Function("embed", ModelRef(ModelFormat.CATALOG, "minilm"))
 PART = Part(2, (TensorRef("x", "FP32", (2, 3), 0, 24),), (TensorRef("y", "FP32", (2,), 64, 8),))
 SUBMIT = Submit(7, "default/embed", (PART, PART), 10**12, 2 * 10**12)
-UNIONS = (wire.ToAgent, wire.ToPredictor, wire.Control, wire.ToLaneRun, wire.ToLaneCopy, wire.FromLaneRun, wire.FromLaneCopy)
+UNIONS = (wire.ToAgent, wire.ToPredictor, wire.Control, lane_wire.ToLaneRun, lane_wire.ToLaneCopy, lane_wire.FromLaneRun, lane_wire.FromLaneCopy)
 ONE_OF_A_KIND = ["Hold", "Reply", "SlabReady", "Spawn"]
 KINDS = Message.__subclasses__()
 
@@ -41,7 +28,7 @@ EXAMPLES = {
     tuple[Part, ...]: (PART,),
     tuple[wire.FunctionInfo, ...]: (wire.FunctionInfo(FUNCTION, "loading"),),
     tuple[str, ...]: ("default/a", "default/b"),
-    wire.FunctionClass: wire.FunctionClass.BEST_EFFORT,
+    FunctionClass: FunctionClass.BEST_EFFORT,
     tuple[int, ...]: (0, 5),
     dict[str, str]: {"CUDA_VISIBLE_DEVICES": "GPU-1"},
     int: 5,

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from contracts.channel import Channel
-from contracts.wire import Hold, SlabReady
+from contracts.lane_wire import Hold, SlabReady
 from tests.fakes import gpu
 
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contracts import wire
+from contracts import lane_wire, wire
 from contracts.channel import Channel, connect
 from contracts.frames import MAX_FRAME_BYTES, encode
 from contracts.functions import Share
@@ -78,7 +78,7 @@ def _foreign(message: wire.Message) -> list[Frame]:
 
 
 SHARE = Share(10, 10)
-SPAWN = wire.Spawn(1, "cpu:0", 100, function("x", "mlp").cls, SEGMENT, 1, 0, 0)
+SPAWN = lane_wire.Spawn(1, "cpu:0", 100, function("x", "mlp").cls, SEGMENT, 1, 0, 0)
 BREAKS: dict[str, list[Frame]] = {
     "a Submit before the Hello": [(SUBMIT, [])],
     "two Hellos": [(HELLO, [memfd]), (HELLO, [memfd])],
@@ -118,14 +118,14 @@ BREAKS: dict[str, list[Frame]] = {
     "a control message: Grant": _foreign(wire.Grant(1, os.getpid(), ())),
     "a control message: SetShare": _foreign(wire.SetShare(1, "default/mine", SHARE)),
     "a control message: GetStatus": _foreign(wire.GetStatus(1)),
-    "a lane's message: BatchDone": _foreign(wire.BatchDone(1, 0, 0)),
-    "a lane's message: BatchPaused": _foreign(wire.BatchPaused(1, 0)),
-    "a lane's message: LaneReady": _foreign(wire.LaneReady(1, os.getpid(), 100)),
-    "a lane's message: CopyProgress": _foreign(wire.CopyProgress(1, 1)),
-    "a lane's message: Attached": _foreign(wire.Attached("default/mine@1", "broken")),
-    "the agent's message: Run": _foreign(wire.Run(1, "default/mine", 0, 0, 1, (), False)),
-    "the agent's message: MapSegment": _foreign(wire.MapSegment(1, SEGMENT)),
-    "the agent's message: Attach": _foreign(wire.Attach("default/mine", b"{}", "/")),
+    "a lane's message: BatchDone": _foreign(lane_wire.BatchDone(1, 0, 0)),
+    "a lane's message: BatchPaused": _foreign(lane_wire.BatchPaused(1, 0)),
+    "a lane's message: LaneReady": _foreign(lane_wire.LaneReady(1, os.getpid(), 100)),
+    "a lane's message: CopyProgress": _foreign(lane_wire.CopyProgress(1, 1)),
+    "a lane's message: Attached": _foreign(lane_wire.Attached("default/mine@1", "broken")),
+    "the agent's message: Run": _foreign(lane_wire.Run(1, "default/mine", 0, 0, 1, (), False)),
+    "the agent's message: MapSegment": _foreign(lane_wire.MapSegment(1, SEGMENT)),
+    "the agent's message: Attach": _foreign(lane_wire.Attach("default/mine", b"{}", "/")),
     "the agent's message: Spawn": _foreign(SPAWN),
     "the agent's message: Answer": _foreign(wire.Answer(1, 0, 0, 0, False, "cpu:0")),
     "the agent's message: Welcome": _foreign(wire.Welcome(())),

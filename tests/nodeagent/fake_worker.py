@@ -23,7 +23,7 @@ import numpy as np
 from contracts.artifact import WeightIndex, decode_index
 from contracts.channel import Channel
 from contracts.lane_page import LanePage
-from contracts.wire import (
+from contracts.lane_wire import (
     Attach,
     Attached,
     BatchDone,
@@ -34,7 +34,6 @@ from contracts.wire import (
     Detach,
     LaneReady,
     MapSegment,
-    Message,
     Resume,
     Run,
     Spawn,
@@ -42,6 +41,7 @@ from contracts.wire import (
     ToLaneRun,
     UnmapSegment,
 )
+from contracts.wire import Message
 from tests.fakes import gpu
 
 LYING_SM = 13

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from contracts.errors import InvalidValue, Unavailable
 from contracts.functions import FunctionClass
-from contracts.wire import LaneReady
+from contracts.lane_wire import LaneReady
 from nodeagent.shell.backends import Backend, Limits, Unproven, choose, first_sm
 from nodeagent.shell.gpus import Gpu
 

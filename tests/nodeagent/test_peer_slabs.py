@@ -13,7 +13,7 @@ from contracts.channel import Channel
 from contracts.errors import ProtocolError
 from contracts.functions import FunctionClass
 from contracts.lane_page import LanePage
-from contracts.wire import MapPeer, PeerMapped, ToLaneCopy, UnmapPeer
+from contracts.lane_wire import MapPeer, PeerMapped, ToLaneCopy, UnmapPeer
 from nodeagent.events import StartLane
 from nodeagent.shell.lane import Lane
 from nodeagent.shell.outbox import Outbox

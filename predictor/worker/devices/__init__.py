@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contracts.errors import InvalidValue
-from contracts.wire import Spawn
+from contracts.lane_wire import Spawn
 from predictor.worker.devices import driver
 from predictor.worker.devices.base import Device
 from predictor.worker.devices.cpu import CpuDevice

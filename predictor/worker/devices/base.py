@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
-from contracts.wire import MapPeer
+from contracts.lane_wire import MapPeer
 
 if TYPE_CHECKING:
     from predictor.worker.functions import Function, Program

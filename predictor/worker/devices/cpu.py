@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from contracts.lane_wire import MapPeer
 from contracts.units import MIB, S
-from contracts.wire import MapPeer
 from predictor.worker.devices.base import Meter, Place, Proof
 
 if TYPE_CHECKING:

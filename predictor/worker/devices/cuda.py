@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from contracts.errors import SluiceError
+from contracts.lane_wire import MapPeer
 from contracts.units import MIB, S
-from contracts.wire import MapPeer
 from predictor.worker.devices import driver as seam
 from predictor.worker.devices import seal
 from predictor.worker.devices.base import Meter, Place

@@ -20,8 +20,8 @@ import torch
 from contracts.channel import Channel
 from contracts.errors import ProtocolError, Unavailable
 from contracts.functions import FunctionClass
+from contracts.lane_wire import Hold, SlabReady
 from contracts.units import MIB, S, format_bytes
-from contracts.wire import Hold, SlabReady
 from predictor.worker.devices import driver as seam
 from predictor.worker.devices import seal
 from predictor.worker.devices.proof import occupancy_ns

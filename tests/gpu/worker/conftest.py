@@ -15,8 +15,8 @@ import torch
 
 from contracts.channel import Channel
 from contracts.functions import ModelFormat, ModelRef
+from contracts.lane_wire import Hold, SlabReady
 from contracts.units import GIB
-from contracts.wire import Hold, SlabReady
 from models.load import load
 from models.store_writer import write
 from tests.predictor.worker.conftest import PATIENCE_S, ROOT, Arrays, ForkServer, LaneEnd, Stored, rows_of

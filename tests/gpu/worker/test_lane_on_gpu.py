@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from contracts.functions import FunctionClass
+from contracts.lane_wire import BatchDone, BatchPaused, Copy, CopyGrant, Detach, MapPeer, PeerMapped, Resume, SlabReady
 from contracts.units import MIB
-from contracts.wire import BatchDone, BatchPaused, Copy, CopyGrant, Detach, MapPeer, PeerMapped, Resume, SlabReady
 from tests.gpu.worker.conftest import SEAL
 
 if TYPE_CHECKING:

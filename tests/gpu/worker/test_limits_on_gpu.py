@@ -15,8 +15,8 @@ import pytest
 
 from contracts.errors import Unavailable
 from contracts.functions import FunctionClass
+from contracts.lane_wire import Hold, LaneReady, SlabReady
 from contracts.units import GIB
-from contracts.wire import Hold, LaneReady, SlabReady
 from nodeagent.shell import backends
 from nodeagent.shell.backends import Unproven
 from nodeagent.shell.gpus import GPUS_COMMAND, Gpu, find_gpu

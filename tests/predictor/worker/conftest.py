@@ -23,8 +23,7 @@ from contracts.artifact import WeightIndex
 from contracts.channel import Channel
 from contracts.functions import FunctionClass, ModelFormat, ModelRef
 from contracts.lane_page import LanePage
-from contracts.units import MIB
-from contracts.wire import (
+from contracts.lane_wire import (
     Attach,
     Attached,
     BatchDone,
@@ -35,12 +34,11 @@ from contracts.wire import (
     FromLaneRun,
     LaneReady,
     MapSegment,
-    Message,
-    Part,
     Run,
     Spawn,
-    TensorRef,
 )
+from contracts.units import MIB
+from contracts.wire import Message, Part, TensorRef
 from models.dtypes import TORCH_DTYPES
 from models.load import load
 from models.store_writer import write

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from contracts.artifact import Gate, Signature, TensorEntry, TensorSpec, WeightIndex
 from contracts.artifact import Program as ProgramRef
 from contracts.lane_page import LanePage
-from contracts.wire import BatchDone, CopyProgress, Part, Run, TensorRef
+from contracts.lane_wire import BatchDone, CopyProgress, Run
+from contracts.wire import Part, TensorRef
 from models.program import Executable
 from predictor.worker.devices.cuda import CudaDevice
 from predictor.worker.executor import Executor

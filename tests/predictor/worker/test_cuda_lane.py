@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from contracts.lane_wire import Attached, BatchDone, BatchPaused, CopyGrant, Detach, Resume
 from contracts.units import MIB
-from contracts.wire import Attached, BatchDone, BatchPaused, CopyGrant, Detach, Resume
 from tests.predictor.worker.conftest import ForkServer, LaneEnd
 from tests.predictor.worker.fake_cuda import SMS, WHOLE_NS
 

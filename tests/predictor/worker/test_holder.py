@@ -13,8 +13,8 @@ import torch
 
 from contracts.channel import Channel
 from contracts.errors import Unavailable
+from contracts.lane_wire import Hold, SlabReady
 from contracts.units import MIB
-from contracts.wire import Hold, SlabReady
 from predictor.worker.devices import seal
 from predictor.worker.devices.holder import link_speed, take
 from tests.predictor.worker.conftest import PATIENCE_S, ROOT

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from contracts.functions import FunctionClass
+from contracts.lane_wire import BatchDone, BatchPaused, CopyGrant, CopyProgress, Resume, UnmapSegment
 from contracts.units import MIB
-from contracts.wire import BatchDone, BatchPaused, CopyGrant, CopyProgress, Resume, UnmapSegment
 
 if TYPE_CHECKING:
     from tests.predictor.worker.conftest import LaneEnd, Stored

@@ -9,8 +9,8 @@ import msgspec
 import numpy as np
 import pytest
 
+from contracts.lane_wire import Attach, Attached, BatchDone, Detach, Run
 from contracts.units import MIB
-from contracts.wire import Attach, Attached, BatchDone, Detach, Run
 
 if TYPE_CHECKING:
     from tests.predictor.worker.conftest import LaneEnd, Stored

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from contracts.lane_wire import BatchDone, BatchPaused, Copy, CopyGrant, Detach, Resume, UnmapSegment
 from contracts.units import MIB
-from contracts.wire import BatchDone, BatchPaused, Copy, CopyGrant, Detach, Resume, UnmapSegment
 
 if TYPE_CHECKING:
     from tests.predictor.worker.conftest import ForkServer, LaneEnd, Stored

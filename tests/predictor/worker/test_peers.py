@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from contracts.lane_wire import Copy, CopyGrant, MapPeer, PeerMapped, UnmapPeer
 from contracts.units import MIB
-from contracts.wire import Copy, CopyGrant, MapPeer, PeerMapped, UnmapPeer
 from predictor.worker.devices import seal
 from tests.predictor.worker.conftest import PATIENCE_S, ForkServer, LaneEnd
 from tests.predictor.worker.fake_cuda import SMS, WHOLE_NS, FakeCuda
