@@ -26,6 +26,11 @@ from predictor.protocols.limits import Intake, Unread, reset
 _WINDOW_BYTES = 4 * MIB
 """What a client may send of one call, and of all on its connection, before it hears from us."""
 _WRITE_BYTES = 256 * KIB
+_HEADS_BYTES = 64 * MIB
+"""Of all calls that are open, over all connections; who opens one beyond is refused, and beyond twice as much disconnected."""
+_FIELD_BYTES = 128
+_CALL_BYTES = 1 * KIB
+"""What a header field, and a call, take in memory besides their text: by header compression, a byte on the wire may be a field."""
 _MAX_AGE_S = 1800.0
 """Clients are told to make another connection then, so that they find new servers; calls under way go on."""
 _CONTENT_TYPE = (b"content-type", b"application/grpc")
@@ -47,6 +52,8 @@ class GrpcServer:
         self.connections: set[Connection] = set()
         self.calls = 0
         """Those that run, over all connections."""
+        self.head_bytes = 0
+        """What the heads of all open calls take."""
         self._left = asyncio.Event()
         self._listening: asyncio.Server | None = None
 
@@ -78,11 +85,12 @@ class GrpcServer:
 class _Call:
     """One stream, until HTTP/2 has done with it. `whole`: its message has come; `answered`: nothing more is to be sent but what is queued."""
 
-    __slots__ = ("answered", "body", "headers", "method", "since_s", "stream", "task", "whole")
+    __slots__ = ("answered", "body", "head_bytes", "headers", "method", "since_s", "stream", "task", "whole")
 
     def __init__(self, stream: int, headers: Headers, method: Method, since_s: float) -> None:
         self.stream = stream
         self.headers = headers
+        self.head_bytes = _CALL_BYTES + sum(_FIELD_BYTES + len(name) + len(value) for name, value in headers)
         self.method = method
         self.since_s = since_s
         self.body = Body()
@@ -160,7 +168,7 @@ class Connection(asyncio.Protocol):
 
     def wind_up(self) -> None:
         """Ends the connection once its calls have been answered; those that the client is sending while it hears of it are taken."""
-        if self._winding_up_since_s is None and not self._transport.is_closing():
+        if self._winding_up_since_s is None and not self._over:
             self._winding_up_since_s = self._loop.time()
             self._http2.send_shutdown_notice()
             self._http2.ping()  # its answer says that the notice has been heard
@@ -169,10 +177,10 @@ class Connection(asyncio.Protocol):
     def check(self, now_s: float) -> None:
         """Ends what the client has kept waiting for too long: a connection that nobody uses, a message, or an answer that nobody reads."""
         late = self._limits.late
-        if self._transport.is_closing():
-            return
         if self._unread.stalled(now_s, self._transport.get_write_buffer_size() + self._http2.queued_body_size()):
-            reset(self._transport)
+            reset(self._transport)  # also where the end waits for what was written last to be read
+            return
+        if self._over:
             return
         for call in list(self._calls.values()):
             if not call.whole and not call.answered and late(now_s, call.since_s, call.body.nbytes):
@@ -185,6 +193,11 @@ class Connection(asyncio.Protocol):
         elif now_s > self._since_s + self._max_age_s or (not self._calls and now_s > self._idle_since_s + self._limits.keep_alive_s):
             self.wind_up()
         self._pump()
+
+    @property
+    def _over(self) -> bool:
+        """Whether nothing more can be said, though the last of it may not have left."""
+        return self._finished or self._transport.is_closing()
 
     def _pump(self) -> None:
         """Handles what has happened, and writes what may be written, until there is no more of either."""
@@ -230,9 +243,13 @@ class Connection(asyncio.Protocol):
         path = fields.get(b":path", b"")
         method = self._server.methods.get(path)
         call = self._calls[stream] = _Call(stream, headers, method or _not_served, self._loop.time())
-        if not fields.get(b"content-type", b"").startswith(b"application/grpc"):
-            self._http2.send_response(stream, _NO_GRPC, end_stream=True)
-            self._end(call)
+        self._server.head_bytes += call.head_bytes
+        if self._server.head_bytes > 2 * _HEADS_BYTES:
+            self.abort()
+        elif self._server.head_bytes > _HEADS_BYTES:
+            self._fail(call, Unavailable("too many open calls", retry_after_ms=1000))
+        elif not fields.get(b"content-type", b"").startswith(b"application/grpc"):
+            self._end(call, _NO_GRPC)
         elif method is None:  # perhaps of many messages, so that there is nothing to wait for
             self._fail(call, NotServed(f"there is no method {path.decode('latin-1')}"))
         elif end:
@@ -270,10 +287,11 @@ class Connection(asyncio.Protocol):
             log.exception("a gRPC request could not be handled")
             self._fail(call, SluiceError(f"{type(error).__name__}: {error}"))
         else:
-            self._http2.send_response(call.stream, _HEAD)
-            self._http2.send_data(call.stream, prefix_of(answer))
-            self._http2.send_data(call.stream, answer)
-            self._http2.send_trailers(call.stream, _OK)
+            if not self._over:
+                self._http2.send_response(call.stream, _HEAD)
+                self._http2.send_data(call.stream, prefix_of(answer))
+                self._http2.send_data(call.stream, answer)
+                self._http2.send_trailers(call.stream, _OK)
             call.answered = True
         if not self._pumping:
             self._pumping = True
@@ -288,13 +306,17 @@ class Connection(asyncio.Protocol):
 
     def _fail(self, call: _Call, error: SluiceError) -> None:
         _, status, more = codes(error)
-        head = ((b":status", b"200"), _CONTENT_TYPE, *status_headers(status, error.message, more))
-        self._http2.send_response(call.stream, head, end_stream=True)
-        self._end(call)
+        self._end(call, ((b":status", b"200"), _CONTENT_TYPE, *status_headers(status, error.message, more)))
 
-    def _end(self, call: _Call) -> None:
-        """The answer's head was all of it; a client that still sends is told to stop."""
+    def _end(self, call: _Call, head: Headers) -> None:
+        """Answers with no more than a head; a client that still sends is told to stop."""
         call.answered = True
+        if self._over:
+            return
+        try:
+            self._http2.send_response(call.stream, head, end_stream=True)
+        except ngh2.StreamUnavailableError:
+            return  # given up in the same read; the event that says so is the next
         if not call.whole:
             self._server.intake.unfinished_bytes -= call.body.nbytes
             call.whole = True
@@ -305,6 +327,7 @@ class Connection(asyncio.Protocol):
         call = self._calls.pop(stream, None)
         if call is None:
             return
+        self._server.head_bytes -= call.head_bytes
         if not call.whole:
             self._server.intake.unfinished_bytes -= call.body.nbytes
         if call.task is not None:

@@ -15,8 +15,9 @@ import pytest_asyncio
 
 from contracts.errors import Unavailable
 from contracts.units import KIB, MIB, S
+from predictor.protocols import grpc_server
 from predictor.protocols.grpc_calls import Request
-from predictor.protocols.grpc_server import GrpcServer
+from predictor.protocols.grpc_server import Connection, GrpcServer
 from predictor.protocols.limits import Intake, Limits, watch
 
 PATIENCE_S = 60.0
@@ -70,7 +71,7 @@ async def service() -> AsyncIterator[Service]:
     service.gate.set()
     await service.server.stop(PATIENCE_S)
     watching.cancel()
-    assert (service.server.calls, service.intake.unfinished_bytes, service.server.connections) == (0, 0, set())
+    assert (service.server.calls, service.server.head_bytes, service.intake.unfinished_bytes, service.server.connections) == (0, 0, 0, set())
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -211,6 +212,19 @@ async def test_many_clients_behind_a_proxy_may_give_up(service: Service, raw: Ra
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("wrong", [(b":path", b"/t.T/Nothing"), (b"content-type", b"text/plain")], ids=["no such method", "no gRPC"])
+async def test_a_refused_call_that_is_given_up_in_the_same_read_ends_nobody_elses(raw: Raw, wrong: tuple[bytes, bytes]) -> None:
+    waiting = raw.call()
+    given_up = raw.http2.send_request([(name, {**dict(HEADERS), **dict([wrong])}[name]) for name, _ in HEADERS])
+    sent = raw.http2.data_to_send()
+    raw.http2.reset_stream(given_up)
+    raw.writer.write(sent + raw.http2.data_to_send())
+    raw.http2.send_data(waiting, framed(b"abc"), end_stream=True)
+    raw.send()
+    assert status_of(await raw.receive(ngh2.TrailersReceived)) == b"0"
+
+
+@pytest.mark.asyncio
 async def test_a_client_that_vanishes_cancels_its_calls(service: Service, raw: Raw) -> None:
     raw.http2.send_data(raw.call(b"/t.T/Wait"), framed(b""), end_stream=True)
     raw.send()
@@ -281,6 +295,63 @@ async def test_an_answer_that_nobody_reads_is_thrown_away(service: Service) -> N
     raw.writer.close()
 
 
+class Full(asyncio.Transport):
+    """A transport whose client reads no more: all that is written stays, and each write is one too many."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__({"socket": sock})
+        self.connection: Connection | None = None
+        self.kept = b""
+        self.ended: list[str] = []
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.kept += data
+        if self.connection is not None:
+            self.connection.pause_writing()
+
+    def get_write_buffer_size(self) -> int:
+        return len(self.kept)
+
+    def is_closing(self) -> bool:
+        return bool(self.ended)
+
+    def close(self) -> None:
+        self.ended.append("closed")
+
+    def abort(self) -> None:
+        self.ended.append("aborted")
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("full", [False, True], ids=["it closes", "its last words wait"])
+async def test_a_client_that_broke_the_rules_and_reads_no_more_is_reset(service: Service, full: bool) -> None:
+    """Its last words, that the connection ends, lie unread, with a call that waits for its answer and one that is half a message."""
+    client = ngh2.Connection(ngh2.Role.CLIENT)
+    client.initiate_connection()
+    with socket.socket() as sock:
+        transport = Full(sock)
+        connection = Connection(service.server)
+        connection.connection_made(transport)
+        waiting = client.send_request([(name, b"/t.T/Wait" if name == b":path" else value) for name, value in HEADERS])
+        client.send_data(waiting, framed(b""), end_stream=True)
+        client.send_data(client.send_request(HEADERS), framed(b"abc")[:-1])
+        connection.data_received(client.data_to_send())
+        await until(lambda: service.requests)
+        transport.connection = connection if full else None
+        connection.data_received(bytes(9))  # DATA of no stream
+        before = [] if full else ["closed"]
+        assert transport.ended == before
+        service.gate.set()
+        await until(lambda: not any("_answer" in str(task.get_coro()) for task in asyncio.all_tasks()))
+        connection.wind_up()
+        start_s = asyncio.get_running_loop().time()
+        connection.check(start_s)
+        assert transport.ended == before
+        connection.check(start_s + 2 * LIMITS.patience_s)
+        assert transport.ended == [*before, "aborted"]
+        connection.connection_lost(None)
+
+
 @pytest.mark.asyncio
 async def test_bodies_that_are_not_whole_are_refused_together(service: Service, raw: Raw) -> None:
     """Each is within its own limit; together they are not."""
@@ -289,6 +360,27 @@ async def test_bodies_that_are_not_whole_are_refused_together(service: Service, 
     raw.send()
     assert status_of(await raw.receive(ngh2.ResponseReceived)) in (b"14", b"4")
     assert service.intake.unfinished_bytes <= LIMITS.unfinished_bytes
+
+
+@pytest.mark.asyncio
+async def test_heads_of_calls_that_bring_no_message_are_bounded(service: Service, raw: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A field costs a byte on the wire, by header compression, and a hundred here."""
+    monkeypatch.setattr(grpc_server, "_HEADS_BYTES", 16 * KIB)
+    large = [*HEADERS, *[(b"more", b"x")] * 50]
+    held = [raw.http2.send_request(large) for _ in range(2)]
+    raw.send()
+    refused = await raw.receive(ngh2.ResponseReceived)
+    assert isinstance(refused, ngh2.ResponseReceived)
+    assert (status_of(refused), refused.stream_id) == (b"14", held[1])
+    raw.http2.reset_stream(held[0])
+    raw.http2.send_data(raw.call(), framed(b"abc"), end_stream=True)
+    raw.send()
+    assert status_of(await raw.receive(ngh2.TrailersReceived)) == b"0"
+    for _ in range(LIMITS.max_connections):
+        raw.http2.send_request(large)
+    raw.send()
+    await raw.gone()
+    assert not service.server.connections
 
 
 @pytest.mark.asyncio
