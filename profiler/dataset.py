@@ -9,7 +9,7 @@ import numpy.typing as npt
 from profiler.device import DeviceFacts
 from profiler.estimator import ModelSamples
 from profiler.points import Point, Points
-from profiler.visits import Pooled, pooled
+from profiler.visits import Pooled, pooled, quietest
 
 LATENCY = "latency_mean_ms"
 
@@ -36,12 +36,11 @@ def samples_of(
 
 
 def population(table: Points, statistic: str = LATENCY) -> list[ModelSamples]:
-    """All models of a table, each on each of its devices. Points measured beside load are left out where a model has others."""
+    """All models of a table, each on each of its devices. Points measured beside load are left out where a configuration has others."""
     groups: dict[tuple[str, str, str], list[Point]] = {}
     for point in table.points:
         groups.setdefault((point.function, point.model_digest, point.device), []).append(point)
     found = []
     for (function, _, device), points in groups.items():
-        quiet = [point for point in points if not point.beside_load]
-        found.append(samples_of(function, table.header.devices[device], pooled(quiet or points), statistic))
+        found.append(samples_of(function, table.header.devices[device], pooled(quietest(points)), statistic))
     return found

@@ -19,7 +19,7 @@ from profiler.device import DeviceFacts
 from profiler.estimator import Estimator, ModelEstimate
 from profiler.lattice import Array
 from profiler.points import Points
-from profiler.visits import Pooled, pooled
+from profiler.visits import Pooled, pooled, quietest
 
 _ENOUGH_FOR_A_TAIL = 50
 
@@ -67,7 +67,7 @@ class Profile:
 def profile(table: Points, estimator: Estimator, function: str, device: str | None = None) -> Profile:
     """The profile of a function (name, or namespace/name) on a device, which may be left out when the table has only one of this function's.
 
-    NotFound lists what there is. Points measured beside load count only where there are no others.
+    NotFound lists what there is. Points measured beside load count only for configurations that have no others.
     """
     known = table.functions
     keys = [key for key in known if function in (key, key.partition("/")[2])]
@@ -87,7 +87,7 @@ def profile(table: Points, estimator: Estimator, function: str, device: str | No
     points = [point for point in points if point.device == chosen]
     newest = max(points, key=lambda point: point.started_at)
     points = [point for point in points if point.model_digest == newest.model_digest]
-    visited = pooled([point for point in points if not point.beside_load] or points)
+    visited = pooled(quietest(points))
     facts = table.header.devices[chosen]
     return Profile(keys[0], chosen, facts, visited, estimator.condition(samples_of(keys[0], facts, visited)))
 

@@ -45,6 +45,12 @@ def pooled(rows: Sequence[Point]) -> tuple[Pooled, ...]:
     return tuple(found[key] for key in dict.fromkeys((_model(row), row.config) for row in rows))
 
 
+def quietest(rows: Sequence[Point]) -> list[Point]:
+    """Without the visits beside load to a configuration that was visited without it, too. Of one function, model and device."""
+    quiet = {row.config for row in rows if not row.beside_load}
+    return [row for row in rows if not (row.beside_load and row.config in quiet)]
+
+
 def _model(row: Point) -> tuple[object, ...]:
     return row.function, row.model_digest, row.device, row.beside_load
 

@@ -269,7 +269,7 @@ class Lane:
             entry = self._ahead.popleft()
             if entry.state == "ready":
                 self._attach(entry)
-        self._outbox.flush()
+                self._outbox.flush()
 
     def _detach_retired(self) -> None:
         if not self._retired or self.state == "ending":

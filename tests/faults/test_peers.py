@@ -20,7 +20,7 @@ Served = tuple[Agent, Control, Predictor]
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    arguments = ("--device", "cpu:1", "--link-bandwidth", "16Mi", "--peer-bandwidth", "1Gi")
+    arguments = ("--device", "cpu:1", "--link-bandwidth", "16Mi", "--peer-bandwidth", "4Gi")
     with tempfile.TemporaryDirectory(prefix="sluice-peers-", dir="/tmp") as folder:
         agent = Agent(Path(folder), *arguments, memory="20Mi")
         try:
@@ -37,7 +37,7 @@ def served() -> Iterator[Served]:
 def load(predictor: Predictor, count: int) -> list[tuple[str, Submit]]:
     """Batches that take some milliseconds, several of a function at once, so that the device that holds it is busy."""
     keys = list(MODELS)
-    return [(keys[number // 4 % len(keys)], predictor.submit(keys[number // 4 % len(keys)], rows_of(number, 40))) for number in range(count)]
+    return [(keys[number // 4 % len(keys)], predictor.submit(keys[number // 4 % len(keys)], rows_of(number, 50))) for number in range(count)]
 
 
 def peer_swaps(control: Control) -> int:
@@ -65,7 +65,7 @@ def test_answers_are_those_of_the_model_wherever_its_weights_came_from(served: S
 def test_no_answer_is_wrong_when_lanes_die_that_copy_or_are_copied_from(served: Served, device: str) -> None:
     agent, control, predictor = served
     swap_between_devices(served)
-    for round_ in range(4):
+    for round_ in range(2):  # a lane more that dies before it has mapped the other's memory might be the last that tries
         batches = load(predictor, 24)
         predictor.outcome(batches[2 + 3 * round_][1])
         pids = {lane.pid for found in control.status().devices if found.device == device for lane in found.lanes}

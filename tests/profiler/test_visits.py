@@ -19,7 +19,7 @@ from profiler.estimator import Estimator
 from profiler.measure import Sampling
 from profiler.points import Config, Point, read
 from profiler.sweep import Plan, sweep
-from profiler.visits import next_owed, owed, pooled
+from profiler.visits import next_owed, owed, pooled, quietest
 from tests.profiler.test_points import point
 from tests.profiler.test_sweep import FACTS, ONE, FakeCaller, FakeNode, FakePlanner
 
@@ -61,6 +61,11 @@ def test_models_devices_and_loads_are_pooled_apart_in_the_order_of_their_first_v
     found = pooled(rows)
     assert [one.latency_mean_ms for one in found] == [100, 101, 102, 103, 104, 105]
     assert {one.samples for one in found} == {200}
+
+
+def test_a_visit_beside_load_counts_where_its_configuration_has_no_others() -> None:
+    quiet, loud, only_loud = visit(), visit(beside_load=True), visit(batch=2, beside_load=True)
+    assert quietest([loud, quiet, only_loud]) == [quiet, only_loud]
 
 
 @pytest.mark.parametrize("visits", [1, 2, 3, 5])
