@@ -65,6 +65,12 @@ class Client:
             raise Unavailable(f"{verb}: {answer['error']}")
         return answer["found"]
 
+    async def ended(self, within_s: float) -> bool:
+        """Whether it ends by itself within so many seconds."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), within_s)
+        return self._process.returncode is not None
+
     async def end(self) -> None:
         """Kills it."""
         with contextlib.suppress(ProcessLookupError):
@@ -252,9 +258,10 @@ async def fault(stand: Stand) -> Answer:
     bad, good = [await stand.client(stand.share(daemon, _HALF)) for _ in range(2)]
     await good.ask("open", ready.handle.hex(), ready.nbytes)
     found: Answer = {"said": await _outcome(bad.ask("fault"))}
-    found["neighbour_works"] = await _outcome(good.ask("works"))
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(holder.died.wait(), _DEATH_S)
+    found["neighbour_ended"] = await good.ended(_DEATH_S)
+    found["neighbour_works"] = await _outcome(good.ask("works"))
     found |= {"holder_died": holder.died.is_set(), "server_died": daemon.died.is_set(), "server_faulted": await daemon.faulted()}
     began = time.monotonic()
     for ending in (bad.end, good.end, holder.stop, daemon.stop):

@@ -109,8 +109,9 @@ def test_a_large_tensor(client: InferenceServerClient) -> None:
 
 
 def test_a_deadline(client: InferenceServerClient) -> None:
+    values = np.zeros((1, 1 << 21), np.float32)  # gRPC counts deadlines in milliseconds: a small one might come back in time
     with pytest.raises(InferenceServerException) as late:
-        client.infer(IDENTITY, [tensor("x", "FP32", LEFT)], client_timeout=1e-6)
+        client.infer(IDENTITY, [tensor("x", "FP32", values)], client_timeout=1e-6)
     # The second, when the call came through: admission refuses what cannot be answered in time.
     assert late.value.status() in ("StatusCode.DEADLINE_EXCEEDED", "StatusCode.RESOURCE_EXHAUSTED")
 
