@@ -65,7 +65,7 @@ def test_answers_are_those_of_the_model_wherever_its_weights_came_from(served: S
 def test_no_answer_is_wrong_when_lanes_die_that_copy_or_are_copied_from(served: Served, device: str) -> None:
     agent, control, predictor = served
     swap_between_devices(served)
-    for round_ in range(2):  # a lane more that dies before it has mapped the other's memory might be the last that tries
+    for round_ in range(4):
         batches = load(predictor, 24)
         predictor.outcome(batches[2 + 3 * round_][1])
         pids = {lane.pid for found in control.status().devices if found.device == device for lane in found.lanes}
